@@ -1,0 +1,253 @@
+"""Whom to ask: a Keras in a process of its own, answers on file, and ourselves."""
+
+import json
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from .cases import Case
+
+TARGET = "tf.keras"
+LIVE = (TARGET, "tf_keras", "keras-torch", "keras-jax")
+RECORDED = Path(__file__).with_name("recorded.npz")
+INSTALL = {
+    "tf.keras": "pip install 'torch-sce[tensorflow]'",
+    "tf_keras": "pip install 'torch-sce[tensorflow]'",
+    "keras-torch": "pip install keras",
+    "keras-jax": "pip install keras jax",
+}
+
+
+class OracleError(RuntimeError):
+    """The oracle is not installed, has crashed, or has no answer on file."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A value and its gradient with respect to y_pred, or an error.
+
+    Half-precision results are carried in float32; the dtype's name says what they were.
+    """
+
+    value: np.ndarray | None = None
+    value_dtype: str | None = None
+    gradient: np.ndarray | None = None
+    gradient_dtype: str | None = None
+    error: str | None = None
+    message: str = ""
+
+
+class LiveOracle:
+    """A Keras in a subprocess of its own, asked a batch of cases at a time.
+
+    Use as a context manager. What goes wrong in the process is raised as an `OracleError`.
+    """
+
+    batch_size = 50
+    start_timeout = 180.0  # seconds; importing TensorFlow takes 3 to 60
+    batch_timeout = 120.0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        command = [sys.executable, str(Path(__file__).with_name("worker.py")), name]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.replies: queue.Queue[Any] = queue.Queue()
+        self.log: list[bytes] = []
+        for target in (self._read_replies, self._read_log):
+            threading.Thread(target=target, daemon=True).start()
+        self.versions: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        hello = self._reply(self.start_timeout)
+        if "missing" in hello:
+            raise OracleError(
+                f"the oracle {self.name} is not installed ({hello['missing']}): "
+                f"{INSTALL[self.name]}, or pass --oracle recorded"
+            )
+        self.versions = hello["versions"]
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+
+    def answers(self, cases: Sequence[Case]) -> Iterator[Answer]:
+        """An answer to each case, in order."""
+        for start in range(0, len(cases), self.batch_size):
+            batch = cases[start : start + self.batch_size]
+            self._send([_question(case) for case in batch])
+            for reply in self._reply(self.batch_timeout):
+                yield Answer(**reply)
+
+    def _send(self, message: Any) -> None:
+        assert self.process.stdin is not None
+        try:
+            pickle.dump(message, self.process.stdin)
+            self.process.stdin.flush()
+        except OSError as error:
+            raise self._crashed() from error
+
+    def _reply(self, timeout: float) -> Any:
+        try:
+            reply = self.replies.get(timeout=timeout)
+        except queue.Empty:
+            self.process.kill()
+            raise OracleError(f"the oracle {self.name} gave no answer in {timeout:.0f} s") from None
+        if reply is None:
+            raise self._crashed()
+        return reply
+
+    def _crashed(self) -> OracleError:
+        code = self.process.wait()
+        last = b"".join(self.log).decode(errors="replace").strip().splitlines()[-5:]
+        return OracleError(
+            "\n".join([f"the oracle {self.name} crashed with exit code {code}; it last said:", *last])
+        )
+
+    def _read_replies(self) -> None:
+        try:
+            while True:
+                self.replies.put(pickle.load(self.process.stdout))  # pyright: ignore[reportArgumentType] a pipe
+        except (EOFError, pickle.UnpicklingError, OSError, ValueError):
+            self.replies.put(None)
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        try:
+            for line in self.process.stderr:
+                self.log = [*self.log[-50:], line]
+        except ValueError:  # closed under the reader
+            pass
+
+
+def _question(case: Case) -> dict[str, Any]:
+    """What the worker needs of a case, in plain values: it does not import this package."""
+    keys = ("form", "options", "y_true", "y_pred", "y_pred_dtype", "sample_weight", "mask",
+            "as_lists", "upstream")  # fmt: skip
+    return {key: getattr(case, key) for key in keys}
+
+
+class RecordedOracle:
+    """tf.keras's answers on file, for machines without TensorFlow."""
+
+    name = "recorded"
+
+    def __init__(self, path: Path = RECORDED) -> None:
+        if not path.exists():
+            raise OracleError(f"there are no recorded answers at {path}")
+        with np.load(path, allow_pickle=False) as stored:
+            about = json.loads(bytes(stored["about"]))
+            self.flat = {"float32": stored["float32"], "float64": stored["float64"]}
+        self.seed, self.versions, self.entries = about["seed"], about["versions"], about["entries"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        pass
+
+    def answers(self, cases: Sequence[Case]) -> Iterator[Answer]:
+        """An answer to each case, in order.
+
+        Raises:
+            OracleError: a case that was not recorded, or that is drawn differently today.
+        """
+        for case in cases:
+            if case.seed != self.seed or case.index >= len(self.entries):
+                raise OracleError(
+                    f"answers are recorded for --seed {self.seed} and cases below "
+                    f"{len(self.entries)}, not for --seed {case.seed}, case {case.index}"
+                )
+            fingerprint, fields, arrays = self.entries[case.index]
+            if fingerprint != case.fingerprint:
+                raise OracleError(
+                    f"case {case.index} of --seed {case.seed} is not the one that was recorded: "
+                    "NumPy draws other numbers, or the cases have changed; record again"
+                )
+            yield Answer(**fields, **{key: self._array(*where) for key, where in arrays.items()})
+
+    def _array(self, dtype: str, start: int, shape: list[int]) -> np.ndarray:
+        return self.flat[dtype][start : start + int(np.prod(shape))].reshape(shape)
+
+
+def record(
+    path: Path, cases: Sequence[Case], answers: Sequence[Answer], versions: dict[str, str]
+) -> None:
+    """Writes answers to cases 0, 1, ... of one seed where `RecordedOracle` finds them."""
+    flat: dict[str, list[np.ndarray]] = {"float32": [], "float64": []}
+    used = {"float32": 0, "float64": 0}
+    entries = []
+    for case, answer in zip(cases, answers, strict=True):
+        fields, arrays = {}, {}
+        for key, value in vars(answer).items():
+            if isinstance(value, np.ndarray):
+                dtype = "float64" if value.dtype == np.float64 else "float32"
+                flat[dtype].append(value.astype(dtype).ravel())
+                arrays[key] = [dtype, used[dtype], list(value.shape)]
+                used[dtype] += value.size
+            elif value:
+                fields[key] = value
+        entries.append([case.fingerprint, fields, arrays])
+    about = {"seed": cases[0].seed, "versions": versions, "entries": entries}
+    text = np.frombuffer(json.dumps(about, separators=(",", ":")).encode(), np.uint8)
+    np.savez_compressed(
+        path, about=text, **{k: np.concatenate([*v, np.empty(0, k)]) for k, v in flat.items()}
+    )
+
+
+def ours(case: Case, device: str = "cpu", package: ModuleType | None = None) -> Answer:
+    """What `package`, torch_sce unless another is given, makes of the case."""
+    if package is None:
+        import torch_sce as package
+    dtype = getattr(torch, case.y_pred_dtype)
+    x = torch.tensor(case.y_pred, device=device).to(dtype)
+    if dtype.is_floating_point:
+        x.requires_grad_()
+    y_true, y_pred = _tensor(case.y_true, device), x
+    if case.as_lists:
+        y_true, y_pred = case.y_true.tolist(), case.y_pred.tolist()
+    try:
+        if case.form == "function":
+            value = package.sparse_categorical_crossentropy(y_true, y_pred, **case.options)
+        else:
+            loss = package.SparseCategoricalCrossentropy(**case.options)
+            mask = None if case.mask is None else _tensor(case.mask, device)
+            value = loss(y_true, y_pred, sample_weight=case.sample_weight, mask=mask)
+        if value.requires_grad:
+            upstream = torch.tensor(case.upstream[: value.numel()], device=device)
+            value.backward(upstream.reshape(value.shape).to(value.dtype))
+    except (ValueError, TypeError) as error:
+        return Answer(error=type(error).__name__, message=str(error))
+    except Exception as error:  # not an error we mean to raise: never the right answer
+        return Answer(error=f"unintended {type(error).__name__}", message=str(error))
+    parts = {"value": value.detach()} | ({} if x.grad is None else {"gradient": x.grad})
+    fields = {}
+    for name, tensor in parts.items():
+        fields[f"{name}_dtype"] = str(tensor.dtype).removeprefix("torch.")
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        fields[name] = tensor.to(wide).cpu().numpy()
+    return Answer(**fields)
+
+
+def _tensor(array: np.ndarray, device: str) -> torch.Tensor:
+    return torch.tensor(np.asarray(array), device=device)
+
+
+def our_versions() -> dict[str, str]:
+    return {package: version(package) for package in ("torch-sce", "torch", "numpy")}

@@ -1,0 +1,267 @@
+"""The losses as functions: one value per sample, without weights or averages.
+
+Here are Keras's rules for labels: which dtypes and shapes they may have, which axis the classes
+are on, which samples are ignored, and what is an error. Everything a user passes is checked here
+or in `reduction`, once; the kernels trust what they get.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from .kernels import IGNORED, row_losses
+
+EPSILON = 1e-7  # keras.config.epsilon(): probabilities are clipped to [EPSILON, 1 - EPSILON]
+HALVES = (torch.float16, torch.bfloat16)
+
+# The two bounds as each dtype rounds them, as Keras clips in the dtype it computes in.
+CLIP = {
+    dtype: (torch.tensor(EPSILON, dtype=dtype).item(), torch.tensor(1 - EPSILON, dtype=dtype).item())
+    for dtype in (*HALVES, torch.float32, torch.float64)
+}
+
+
+def sparse_categorical_crossentropy(
+    y_true: Tensor | ArrayLike,
+    y_pred: Tensor | ArrayLike,
+    from_logits: bool = False,
+    ignore_class: float | None = None,
+    axis: int = -1,
+) -> Tensor:
+    """The cross-entropy, in nats, between integer labels and predictions, one value per sample.
+
+        from logits:         log(sum_j exp(z_j)) - z_y
+        from probabilities:  log(sum_j c_j) - log(c_y),  c = clip(q, 1e-7, 1 - 1e-7)
+
+    Args:
+        y_true: labels, of any integer dtype, bool, or floats (truncated toward zero), of
+            `y_pred`'s shape without its class axis, or with a size of 1 in its place.
+        y_pred: logits or probabilities, (..., C), float16, bfloat16, float32 or float64.
+        from_logits: whether `y_pred` holds logits.
+        ignore_class: a label, of a class or not, whose samples get loss 0 and gradient 0.
+        axis: the class axis of `y_pred`.
+
+    Returns:
+        The losses, of `y_pred`'s shape without its class axis: float64 for float64 predictions,
+        otherwise float32.
+
+    Raises:
+        ValueError: shapes that do not fit, no classes, `axis` out of range, or (on the CPU, in
+            eager mode) a label outside `[0, C)`. Elsewhere such a label makes its sample's loss
+            and gradient NaN.
+        TypeError: predictions that are not real floating-point numbers, labels that are not
+            real numbers, an `ignore_class` or `axis` that is not a number.
+
+    Differs from Keras: any class axis works, lists are accepted as arrays, half-precision
+    predictions give float32 losses, labels are never rounded.
+
+    The rule is that of `keras.losses.sparse_categorical_crossentropy` on TensorFlow.
+
+    >>> losses = sparse_categorical_crossentropy([1, 2], [[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])
+    >>> [round(loss, 4) for loss in losses.tolist()]
+    [0.0513, 2.3026]
+    """
+    listed = not hasattr(y_pred, "dtype")
+    y_pred = to_tensor("y_pred", y_pred)
+    if listed:  # Python numbers have no precision to keep
+        y_pred = y_pred.float()
+    if y_pred.dtype not in CLIP:
+        raise TypeError(f"y_pred must be float16, bfloat16, float32 or float64, got {y_pred.dtype}")
+    axis = class_axis(axis, y_pred)
+    labels = labels_for(to_tensor("y_true", y_true, y_pred), y_pred, axis)
+    counted = not_ignored(labels, ignore_class)
+    return sample_losses(labels, y_pred, counted, from_logits, axis, y_pred.dtype)
+
+
+def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """`value` as a dense, real tensor; what is not a tensor goes to `like`'s device."""
+    if isinstance(value, Tensor):
+        if like is not None and value.device != like.device and value.ndim > 0:
+            raise ValueError(
+                f"{name} must be on y_pred's device, {like.device}, got {value.device}: "
+                f"move it with {name}.to({str(like.device)!r})"
+            )
+        tensor = value
+    else:
+        device = None if like is None else like.device
+        if isinstance(value, bool | int | float) and abs(value) < 2**63:
+            return torch.full((), value, device=device)  # needs no transfer from the host
+        tensor = torch.as_tensor(to_array(name, value), device=device)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    return tensor
+
+
+def to_array(name: str, value: Any) -> np.ndarray:
+    """`value` as an array that PyTorch can share: numbers, native byte order, writable."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged; needs grad; on another device
+        raise ValueError(f"{name} must be a tensor or convertible to an array: {error}") from error
+    if array.dtype.name == "bfloat16":  # TensorFlow's and JAX's arrays; NumPy has no such dtype
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "biufc":
+        kind = f"an array of {array.dtype}" if isinstance(value, np.ndarray) else repr(value)
+        raise TypeError(f"{name} must hold numbers, got {kind}")
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+
+
+def class_axis(axis: int, y_pred: Tensor) -> int:
+    """`axis` counted from the front, with at least one class on it."""
+    if y_pred.ndim == 0:
+        raise ValueError("y_pred must have a class axis, got a scalar")
+    if not -y_pred.ndim <= axis < y_pred.ndim:
+        raise ValueError(
+            f"axis must be in [{-y_pred.ndim}, {y_pred.ndim}) for y_pred of shape "
+            f"{tuple(y_pred.shape)}, got {axis}"
+        )
+    axis %= y_pred.ndim
+    if y_pred.shape[axis] == 0:
+        raise ValueError(
+            f"y_pred must have at least one class on axis {axis}, got shape {tuple(y_pred.shape)}"
+        )
+    return axis
+
+
+def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with a size-1 last axis added or dropped where their ranks differ by one.
+
+    Keras's loss classes do this before they look for the class axis
+    (`squeeze_or_expand_to_same_rank`); its functions do not.
+    """
+    if y_true.ndim == y_pred.ndim + 1 and y_true.shape[-1] == 1:
+        return (y_true, y_pred.unsqueeze(-1)) if y_pred.ndim == 1 else (y_true.squeeze(-1), y_pred)
+    if y_pred.ndim == y_true.ndim + 1 and y_pred.shape[-1] == 1:
+        return (y_true.unsqueeze(-1), y_pred) if y_true.ndim == 1 else (y_true, y_pred.squeeze(-1))
+    return y_true, y_pred
+
+
+def labels_for(y_true: Tensor, y_pred: Tensor, axis: int) -> Tensor:
+    """`y_true` in the shape of the losses: `y_pred`'s without its class axis."""
+    shape = (*y_pred.shape[:axis], *y_pred.shape[axis + 1 :])
+    labels = y_true
+    if y_true.ndim == y_pred.ndim:
+        if y_true.shape[axis] == 1:
+            labels = y_true.squeeze(axis)
+        elif y_true.shape[-1] == 1:
+            labels = y_true.squeeze(-1)
+    if labels.shape == shape:
+        return labels
+    raise ValueError(_shape_message(tuple(y_true.shape), tuple(y_pred.shape), axis, shape))
+
+
+def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple) -> str:
+    rule = (
+        f"y_true must have the shape of y_pred without its class axis, {wanted}, got {y_true} "
+        f"(y_pred has the shape {y_pred} and its class axis is {axis})"
+    )
+    for swapped_axis in {axis, len(y_true) - 1}:
+        if len(y_true) > swapped_axis >= 0 and y_pred == (
+            *y_true[:swapped_axis],
+            *y_true[swapped_axis + 1 :],
+        ):
+            return (
+                f"{rule}. These shapes fit in PyTorch's order of arguments, but labels come first "
+                f"here: call loss(y_true, y_pred), or loss.as_criterion()(input, target)."
+            )
+    if y_true == y_pred:
+        return f"{rule}. If y_true is one-hot, pass the class numbers: y_true.argmax({axis})."
+    return f"{rule}."
+
+
+def check_ignore_class(ignore_class: Any) -> Any:
+    if ignore_class is None or isinstance(ignore_class, numbers.Real | np.bool_):
+        return ignore_class
+    raise TypeError(f"ignore_class must be a number or None, got {ignore_class!r}")
+
+
+def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
+    """Which labels differ from `ignore_class`, as a bool tensor; None if none is to be ignored.
+
+    Compared before labels are truncated, as Keras does, and exactly: nothing is rounded.
+    """
+    if check_ignore_class(ignore_class) is None:
+        return None
+    if labels.is_floating_point():
+        return labels != float(ignore_class)
+    value = float(ignore_class)
+    whole = math.isfinite(value) and value == int(value) and abs(value) < 2**63
+    if not whole:
+        return torch.ones_like(labels, dtype=torch.bool)
+    return class_numbers(labels) != int(ignore_class)
+
+
+def class_numbers(labels: Tensor) -> Tensor:
+    """Labels as int64: floats truncated toward zero; what has no class number becomes negative."""
+    if labels.is_floating_point():
+        wide = labels.float() if labels.dtype in HALVES else labels
+        # NaN, infinities and numbers beyond int64 have no defined conversion.
+        return wide.nan_to_num(nan=-1.0).clamp(-(2.0**40), 2.0**40).long()
+    numbers_ = labels.long()
+    if labels.dtype == torch.uint64:  # past 2^63 they come out negative, and might look like -1
+        return torch.where(numbers_ < 0, 2**62, numbers_)
+    return numbers_
+
+
+def sample_losses(
+    labels: Tensor,
+    y_pred: Tensor,
+    counted: Tensor | None,
+    from_logits: bool,
+    axis: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One loss per label, and 0 where `counted` is false; clipped as `dtype` rounds the bounds."""
+    y = class_numbers(labels)
+    check_range(labels, y, counted, y_pred.shape[axis], axis)
+    if counted is not None:
+        y = torch.where(counted, y, IGNORED)
+    before, behind = math.prod(y_pred.shape[:axis]), math.prod(y_pred.shape[axis + 1 :])
+    z = y_pred.reshape(before, y_pred.shape[axis], behind)
+    losses = row_losses(z, y.reshape(before, behind), None if from_logits else CLIP[dtype])
+    return losses.reshape(labels.shape)
+
+
+def check_range(
+    labels: Tensor, y: Tensor, counted: Tensor | None, classes: int, axis: int
+) -> None:
+    """Raises for a label outside [0, classes), where reading the labels costs no wait.
+
+    That is on the CPU in eager mode. Elsewhere the kernels turn such a sample into NaN.
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or _is_traced():
+        return
+    outside = (y < 0) | (y >= classes)
+    if counted is not None:
+        outside &= counted
+    if not outside.any():
+        return
+    found = outside.nonzero()
+    position = tuple(found[0].tolist())
+    label = labels[position].item()
+    more = f" and at {len(found) - 1} other positions" if len(found) > 1 else ""
+    raise ValueError(
+        f"y_true must hold labels in [0, {classes}), the classes on axis {axis} of y_pred, "
+        f"got {label} at position {position}{more}.{_label_hint(label, y, counted, classes)}"
+    )
+
+
+def _is_traced() -> bool:
+    """Whether a transform or a tracing mode is active, under which values cannot be read."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _label_hint(label: float, y: Tensor, counted: Tensor | None, classes: int) -> str:
+    used = y if counted is None else y[counted]
+    if label == classes and used.min() >= 1 and used.max() == classes:
+        return " The labels seem to start at 1: subtract 1."
+    if label in (-1, -100, 255):
+        return f" If {label} marks samples to leave out, pass ignore_class={label}."
+    return ""

@@ -1,0 +1,209 @@
+"""The losses as modules: they hold options and join `functional` with `reduction`."""
+
+import operator
+from typing import Any, Self
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from . import functional
+from .reduction import align, check_reduction, combine_masks, reduce
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+class SparseCategoricalCrossentropy(nn.Module):
+    """The cross-entropy, in nats, between integer labels and predictions, weighted and averaged.
+
+    A drop-in for `tf.keras.losses.SparseCategoricalCrossentropy`: the same options in the same
+    order, the same call with labels first, the same value and gradient.
+
+    Args:
+        from_logits: whether predictions are logits; if not, they are probabilities. To match what
+            Keras's `fit()` reports for a model that ends in a softmax, return the logits and pass
+            True: Keras looks through a softmax, and a loss in PyTorch cannot.
+        ignore_class: a label, of a class or not, whose samples do not count: loss 0, gradient 0,
+            and not in the denominator of a mean.
+        reduction: "sum_over_batch_size" or its other names "mean" and "auto", "sum",
+            "mean_with_sample_weight", "none" or None. `torch_sce.reduction` defines them.
+        axis: the class axis of the predictions.
+        name: a name, kept in the config.
+        dtype: the dtype of the result; None means float32, whatever the predictions are. Given as
+            a torch dtype, a name, a NumPy dtype or a Keras dtype policy. Predictions are cast
+            to it first. Halves are computed in float32 and cast at the end.
+
+    Raises:
+        ValueError: an unknown reduction or name of a dtype.
+        TypeError: an axis that is not an integer, a dtype that is not floating-point.
+
+    Differs from Keras: the table in the README lists where, with the reasons.
+
+    >>> y_true, y_pred = [1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]
+    >>> loss = SparseCategoricalCrossentropy()
+    >>> round(loss(y_true, y_pred).item(), 3)
+    1.177
+    >>> round(loss(y_true, y_pred, sample_weight=[0.3, 0.7]).item(), 3)
+    0.814
+    >>> loss
+    SparseCategoricalCrossentropy(from_logits=False)
+    """
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        ignore_class: float | None = None,
+        reduction: str | None = "sum_over_batch_size",
+        axis: int = -1,
+        name: str | None = "sparse_categorical_crossentropy",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.from_logits = bool(from_logits)
+        self.ignore_class = functional.check_ignore_class(ignore_class)
+        self.reduction = check_reduction(reduction)
+        self.axis = _axis(axis)
+        self.name = name or "sparse_categorical_crossentropy"
+        self.dtype = _loss_dtype(dtype)
+
+    def forward(
+        self,
+        y_true: Tensor | ArrayLike,
+        y_pred: Tensor | ArrayLike,
+        sample_weight: Tensor | ArrayLike | None = None,
+        mask: Tensor | ArrayLike | None = None,
+    ) -> Tensor:
+        """The loss: a scalar, or one value per sample if the reduction is "none".
+
+        Args:
+            y_true: labels, `y_pred`'s shape without its class axis, or with a size of 1 there. Any
+                integer dtype, bool, or floats, which are truncated toward zero.
+            y_pred: predictions, (..., C); any real dtype.
+            sample_weight: a scalar, or a shape that broadcasts to the losses' shape.
+            mask: as `sample_weight`. Where it is zero a sample does not count, and what the label
+                and the predictions are there does not matter.
+
+        What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
+
+        Returns:
+            The value, in the loss's dtype. The gradient is in `y_pred`'s dtype.
+
+        Raises:
+            ValueError: shapes that do not fit (arguments in PyTorch's order, one-hot labels, a
+                weight that would enlarge the loss), an axis out of range, or, on the CPU in eager
+                mode, a label that counts and is outside `[0, C)`. On other devices and under
+                `torch.compile` such a label gives NaN in its own loss and gradient.
+            TypeError: strings, complex numbers.
+        """
+        y_pred = self._cast(functional.to_tensor("y_pred", y_pred))
+        y_true = functional.to_tensor("y_true", y_true, y_pred)
+        axis = functional.class_axis(self.axis, y_pred)
+        if axis == y_pred.ndim - 1:  # and stays the last, whatever the ranks become
+            y_true, y_pred = functional.match_ranks(y_true, y_pred)
+            axis = functional.class_axis(-1, y_pred)
+        labels = functional.labels_for(y_true, y_pred, axis)
+        if sample_weight is not None:
+            weight = functional.to_tensor("sample_weight", sample_weight, y_pred)
+            sample_weight = align("sample_weight", weight, labels.shape)
+        if mask is not None:
+            mask = functional.to_tensor("mask", mask, y_pred)
+            mask = align("mask", mask, labels.shape)
+        mask = combine_masks(mask, functional.not_ignored(labels, self.ignore_class))
+        counted = None if mask is None else mask.bool().expand(labels.shape)
+        losses = functional.sample_losses(
+            labels, y_pred, counted, self.from_logits, axis, self.dtype
+        )
+        return reduce(losses, sample_weight, mask, self.reduction).to(self.dtype)
+
+    def _cast(self, y_pred: Tensor) -> Tensor:
+        # The kernels widen halves to float32 row by row, without a copy of the whole tensor.
+        widens = self.dtype == torch.float32 and y_pred.dtype in functional.HALVES
+        return y_pred if widens else y_pred.to(self.dtype)
+
+    def as_criterion(self) -> nn.Module:
+        """This loss as a module called with predictions first: `criterion(input, target)`.
+
+        For code that has PyTorch's order of arguments, such as skorch, ignite or fastai.
+
+        >>> criterion = SparseCategoricalCrossentropy(from_logits=True).as_criterion()
+        >>> round(criterion(torch.tensor([[2.0, 0.5, 1.0, 0.1]]), torch.tensor([2])).item(), 4)
+        1.5543
+        """
+        return _Criterion(self)
+
+    def get_config(self) -> dict[str, Any]:
+        """The options, as plain values that `from_config` takes.
+
+        Differs from Keras: `axis` and `dtype` are kept.
+
+        >>> SparseCategoricalCrossentropy(axis=1).get_config()["axis"]
+        1
+        """
+        return {
+            "name": self.name,
+            "reduction": self.reduction,
+            "from_logits": self.from_logits,
+            "ignore_class": self.ignore_class,
+            "axis": self.axis,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A loss with these options: our own `get_config()`, or that of a Keras loss.
+
+        >>> keras_config = {"name": "sce", "reduction": "sum", "from_logits": True,
+        ...                 "ignore_class": -1}
+        >>> SparseCategoricalCrossentropy.from_config(keras_config)
+        SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1, reduction='sum', name='sce')
+        """
+        return cls(**{key: value for key, value in config.items() if key != "fn"})  # "fn": Keras 2
+
+    def extra_repr(self) -> str:
+        default = type(self)().get_config()
+        config = {"from_logits": None, **self.get_config()}
+        shown = ("from_logits", "ignore_class", "reduction", "axis", "name", "dtype")
+        return ", ".join(
+            f"{key}={config[key]!r}"
+            for key in shown
+            if key == "from_logits" or config[key] != default[key]
+        )
+
+
+class _Criterion(nn.Module):
+    """A loss with predictions first."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input, target, sample_weight=None, mask=None) -> Tensor:
+        return self.loss(target, input, sample_weight, mask)
+
+
+def _axis(axis: Any) -> int:
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+        raise TypeError(f"axis must be an integer, got {axis!r}")
+    return operator.index(axis)
+
+
+def _loss_dtype(dtype: Any) -> torch.dtype:
+    """A floating-point torch dtype from any of the things that name one."""
+    if dtype is None:
+        return torch.float32
+    dtype = getattr(dtype, "compute_dtype", dtype)  # a Keras policy
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    elif isinstance(dtype, str):
+        name = dtype.removeprefix("mixed_")
+    else:  # np.dtype and tf.DType have a name, np.float32 is a class
+        name = getattr(dtype, "name", getattr(dtype, "__name__", ""))
+    if name in DTYPES:
+        return DTYPES[name]
+    error = TypeError if isinstance(getattr(torch, name or "-", None), torch.dtype) else ValueError
+    raise error(f"dtype must be None or one of {tuple(DTYPES)}, got {dtype!r}")

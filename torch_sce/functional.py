@@ -7,6 +7,7 @@ or in `reduction`, once; the kernels trust what they get.
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import numpy as np
@@ -113,8 +114,15 @@ def to_array(name: str, value: Any) -> np.ndarray:
     return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
 
 
+def check_axis(axis: Any) -> int:
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+        raise TypeError(f"axis must be an integer, got {axis!r}")
+    return operator.index(axis)
+
+
 def class_axis(axis: int, y_pred: Tensor) -> int:
     """`axis` counted from the front, with at least one class on it."""
+    axis = check_axis(axis)
     if y_pred.ndim == 0:
         raise ValueError("y_pred must have a class axis, got a scalar")
     if not -y_pred.ndim <= axis < y_pred.ndim:
@@ -130,28 +138,20 @@ def class_axis(axis: int, y_pred: Tensor) -> int:
     return axis
 
 
-def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with a size-1 last axis added or dropped where their ranks differ by one.
-
-    Keras's loss classes do this before they look for the class axis
-    (`squeeze_or_expand_to_same_rank`); its functions do not.
-    """
-    if y_true.ndim == y_pred.ndim + 1 and y_true.shape[-1] == 1:
-        return (y_true, y_pred.unsqueeze(-1)) if y_pred.ndim == 1 else (y_true.squeeze(-1), y_pred)
-    if y_pred.ndim == y_true.ndim + 1 and y_pred.shape[-1] == 1:
-        return (y_true.unsqueeze(-1), y_pred) if y_true.ndim == 1 else (y_true, y_pred.squeeze(-1))
-    return y_true, y_pred
-
-
 def labels_for(y_true: Tensor, y_pred: Tensor, axis: int) -> Tensor:
-    """`y_true` in the shape of the losses: `y_pred`'s without its class axis."""
+    """`y_true` in the shape of the losses: `y_pred`'s without its class axis.
+
+    An axis of size 1 may stand where the classes are, and another one last of all.
+    """
     shape = (*y_pred.shape[:axis], *y_pred.shape[axis + 1 :])
     labels = y_true
-    if y_true.ndim == y_pred.ndim:
-        if y_true.shape[axis] == 1:
-            labels = y_true.squeeze(axis)
-        elif y_true.shape[-1] == 1:
-            labels = y_true.squeeze(-1)
+    if labels.ndim == y_pred.ndim + 1 > 2 and labels.shape[-1] == 1:
+        labels = labels.squeeze(-1)
+    if labels.ndim == y_pred.ndim:
+        if labels.shape[axis] == 1:
+            labels = labels.squeeze(axis)
+        elif labels.shape[-1] == 1:
+            labels = labels.squeeze(-1)
     if labels.shape == shape:
         return labels
     raise ValueError(_shape_message(tuple(y_true.shape), tuple(y_pred.shape), axis, shape))

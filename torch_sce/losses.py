@@ -1,6 +1,5 @@
 """The losses as modules: they hold options and join `functional` with `reduction`."""
 
-import operator
 from typing import Any, Self
 
 import torch
@@ -67,7 +66,7 @@ class SparseCategoricalCrossentropy(nn.Module):
         self.from_logits = bool(from_logits)
         self.ignore_class = functional.check_ignore_class(ignore_class)
         self.reduction = check_reduction(reduction)
-        self.axis = _axis(axis)
+        self.axis = functional.check_axis(axis)
         self.name = name or "sparse_categorical_crossentropy"
         self.dtype = _loss_dtype(dtype)
 
@@ -103,9 +102,6 @@ class SparseCategoricalCrossentropy(nn.Module):
         y_pred = self._cast(functional.to_tensor("y_pred", y_pred))
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         axis = functional.class_axis(self.axis, y_pred)
-        if axis == y_pred.ndim - 1:  # and stays the last, whatever the ranks become
-            y_true, y_pred = functional.match_ranks(y_true, y_pred)
-            axis = functional.class_axis(-1, y_pred)
         labels = functional.labels_for(y_true, y_pred, axis)
         if sample_weight is not None:
             weight = functional.to_tensor("sample_weight", sample_weight, y_pred)
@@ -184,12 +180,6 @@ class _Criterion(nn.Module):
 
     def forward(self, input, target, sample_weight=None, mask=None) -> Tensor:
         return self.loss(target, input, sample_weight, mask)
-
-
-def _axis(axis: Any) -> int:
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(f"axis must be an integer, got {axis!r}")
-    return operator.index(axis)
 
 
 def _loss_dtype(dtype: Any) -> torch.dtype:

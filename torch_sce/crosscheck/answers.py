@@ -21,6 +21,7 @@ from .cases import Case
 TARGET = "tf.keras"
 LIVE = (TARGET, "tf_keras", "keras-torch", "keras-jax")
 RECORDED = Path(__file__).with_name("recorded.npz")
+WORKER = Path(__file__).with_name("worker.py")
 INSTALL = {
     "tf.keras": "pip install 'torch-sce[tensorflow]'",
     "tf_keras": "pip install 'torch-sce[tensorflow]'",
@@ -54,13 +55,13 @@ class LiveOracle:
     Use as a context manager. What goes wrong in the process is raised as an `OracleError`.
     """
 
-    batch_size = 50
+    batch_size = 25
     start_timeout = 180.0  # seconds; importing TensorFlow takes 3 to 60
     batch_timeout = 120.0
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, worker: Path = WORKER) -> None:
         self.name = name
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), name]
+        command = [sys.executable, str(worker), name]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -71,12 +72,16 @@ class LiveOracle:
         self.versions: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        hello = self._reply(self.start_timeout)
-        if "missing" in hello:
-            raise OracleError(
-                f"the oracle {self.name} is not installed ({hello['missing']}): "
-                f"{INSTALL[self.name]}, or pass --oracle recorded"
-            )
+        try:
+            hello = self._reply(self.start_timeout)
+            if "missing" in hello:
+                raise OracleError(
+                    f"the oracle {self.name} is not installed ({hello['missing']}): "
+                    f"{INSTALL[self.name]}, or pass --oracle recorded"
+                )
+        except BaseException:
+            self.__exit__()
+            raise
         self.versions = hello["versions"]
         return self
 

@@ -120,7 +120,10 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
         for case, answer in _progress(console, cases, target.answers(cases)):
             answers.append(answer)
             verdicts.append(judge(case, answer, ours(case, options.device), poisons))
-        others = list(other.answers(cases)) if other else []
+        others = []
+        if other:
+            console.print(f"Asking {options.oracle} ...", highlight=False)
+            others = [answer for _, answer in _progress(console, cases, other.answers(cases))]
 
     results = report.Results(
         verdicts, options.seed, TARGET, versions, device, options.device,

@@ -18,7 +18,7 @@ class Verdict:
 
     case: Case
     outcome: str  # AGREES, MISMATCH or DELIBERATE
-    reason: str = ""  # the name of the deliberate difference, or what differs
+    reason: str = ""  # what differs, the name of a deliberate difference, "raises" if both do
     ulps: dict[str, float] = field(default_factory=dict)  # "our value", "Keras's gradient", ...
 
 
@@ -30,7 +30,8 @@ def judge(case: Case, keras: Answer, ours: Answer, poisons: bool = False) -> Ver
     right, refused = reference(case, poisons)
     difference = differs(keras, ours, right, case)
     if difference is None:
-        return Verdict(case, AGREES, ulps=_errors(case, keras, ours, right))
+        raises = "raises" if keras.error else ""
+        return Verdict(case, AGREES, raises, _errors(case, keras, ours, right))
     if differs_from_reference(ours, right, case) is None:
         names = [each.name for each in DIFFERENCES if each.applies(case, keras, refused)]
         if names:

@@ -13,34 +13,38 @@ from .answers import Answer
 from .cases import Case, to_bfloat16
 
 HALVES = ("float16", "bfloat16")
-Applies = Callable[[Case, Answer, str], bool]
+Condition = Callable[[Case, str], bool]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`applies(case, answer of Keras, rule for which we refuse the case or "")`."""
+    """`condition(case, the rule for which we refuse it or "")`; `raises`: whether Keras does."""
 
     name: str
     where: str
     keras: str
     here: str
-    applies: Applies
+    raises: bool | None  # None: it may or may not
+    condition: Condition
+
+    def applies(self, case: Case, keras: Answer, refused: str) -> bool:
+        return self.raises in (None, keras.error is not None) and self.condition(case, refused)
 
 
-def _weights_are_refused(case: Case, keras: Answer, refused: str) -> bool:
+def _weights_are_refused(case: Case, refused: str) -> bool:
     return refused == "shape of a weight"
 
 
-def _weight_meets_the_wrong_axis(case: Case, keras: Answer, refused: str) -> bool:
+def _weight_meets_the_wrong_axis(case: Case, refused: str) -> bool:
     return refused == "weight along the wrong axis"
 
 
-def _result_has_another_shape(case: Case, keras: Answer, refused: str) -> bool:
+def _result_has_another_shape(case: Case, refused: str) -> bool:
     unreduced = case.options.get("reduction", "none") in ("none", None)
     return unreduced and (case.sample_weight is not None or case.mask is not None)
 
 
-def _labels_are_rounded(case: Case, keras: Answer, refused: str) -> bool:
+def _labels_are_rounded(case: Case, refused: str) -> bool:
     labels = np.asarray(case.y_true).astype(np.float64)
     if case.loss_dtype == "bfloat16":
         cast = to_bfloat16(labels.astype(np.float32))
@@ -49,31 +53,31 @@ def _labels_are_rounded(case: Case, keras: Answer, refused: str) -> bool:
     return bool((cast != labels)[np.isfinite(labels)].any())
 
 
-def _something_is_masked(case: Case, keras: Answer, refused: str) -> bool:
+def _something_is_masked(case: Case, refused: str) -> bool:
     return case.mask is not None and not np.all(case.mask)
 
 
-def _mask_meets_others(case: Case, keras: Answer, refused: str) -> bool:
+def _mask_meets_others(case: Case, refused: str) -> bool:
     return case.mask is not None and (
         case.options["ignore_class"] is not None or case.sample_weight is not None
     )
 
 
-def _is_empty(case: Case, keras: Answer, refused: str) -> bool:
+def _is_empty(case: Case, refused: str) -> bool:
     return case.y_pred.size == 0 and case.options.get("reduction", "none") not in ("none", None)
 
 
-def _other_axis(case: Case, keras: Answer, refused: str) -> bool:
-    # Keras looks for a positive axis after it has dropped a last axis of size 1.
-    last = case.y_pred.ndim - 1
-    return case.options["axis"] not in (-1, last) or (
-        case.options["axis"] == last and case.y_pred.shape[last:] == (1,)
-    )
+def _other_axis(case: Case, refused: str) -> bool:
+    return case.options["axis"] not in (-1, case.y_pred.ndim - 1)
 
 
-def _labels_lead_with_one(case: Case, keras: Answer, refused: str) -> bool:
+def _labels_lead_with_one(case: Case, refused: str) -> bool:
     ignores = case.options["ignore_class"] is not None
     return refused == "shape of y_true" and ignores and case.y_true.shape[:1] == (1,)
+
+
+def _there_is_one_class(case: Case, refused: str) -> bool:
+    return case.y_pred.shape[-1:] == (1,) or case.y_pred.ndim == 1 < case.y_true.ndim
 
 
 DIFFERENCES = (
@@ -82,20 +86,23 @@ DIFFERENCES = (
         "Python lists as `y_true`, `y_pred`",
         "raises",
         "accepted as arrays, as Keras's own documentation examples do",
-        lambda case, keras, refused: case.as_lists,
+        True,
+        lambda case, refused: case.as_lists,
     ),
     Difference(
         "auto",
         '`reduction="auto"`',
         "raises (Keras 2: the default)",
         'the same as `"sum_over_batch_size"`, which it meant',
-        lambda case, keras, refused: case.options.get("reduction") == "auto",
+        True,
+        lambda case, refused: case.options.get("reduction") == "auto",
     ),
     Difference(
         "axis",
         "class axis other than the last",
         "raises",
         "any axis works: PyTorch data is often channels-first",
+        True,
         _other_axis,
     ),
     Difference(
@@ -103,6 +110,7 @@ DIFFERENCES = (
         "labels that the loss's dtype cannot hold",
         "rounded: under float16, 2049 becomes 2048; under float32, 1.999999999 becomes 2",
         "never rounded; labels stay integers, `ignore_class` is compared exactly",
+        None,
         _labels_are_rounded,
     ),
     Difference(
@@ -110,20 +118,23 @@ DIFFERENCES = (
         "sums and gradients under a half-precision `dtype`",
         "in that dtype: they overflow to inf",
         "computed in float32, the result is cast",
-        lambda case, keras, refused: case.form == "class" and case.loss_dtype in HALVES,
+        False,
+        lambda case, refused: case.form == "class" and case.loss_dtype in HALVES,
     ),
     Difference(
         "half-precision function",
         "`sparse_categorical_crossentropy` of half-precision predictions",
         "computed and returned in that dtype",
         "computed and returned in float32",
-        lambda case, keras, refused: case.form == "function" and case.y_pred_dtype in HALVES,
+        False,
+        lambda case, refused: case.form == "function" and case.y_pred_dtype in HALVES,
     ),
     Difference(
         "larger than the losses",
         "`sample_weight` or mask that would enlarge the loss, `(B, B)` on `(B,)`",
         "outer product",
         "`ValueError`: a weight must broadcast to the losses' shape",
+        False,
         _weights_are_refused,
     ),
     Difference(
@@ -131,6 +142,7 @@ DIFFERENCES = (
         "`sample_weight` or mask `(B,)` on losses `(B, T)` with B = T",
         "silently weights the time axis (with B != T it raises)",
         "`ValueError` naming `sample_weight[:, None]`",
+        False,
         _weight_meets_the_wrong_axis,
     ),
     Difference(
@@ -138,6 +150,7 @@ DIFFERENCES = (
         '`sample_weight` or mask `(B, 1)` on losses `(B,)`, reduction "none"',
         "the result is `(B, 1)`",
         "the result keeps the losses' shape `(B,)`",
+        False,
         _result_has_another_shape,
     ),
     Difference(
@@ -145,6 +158,7 @@ DIFFERENCES = (
         "what stands under a zero mask",
         "NaN * 0 = NaN; a label outside `[0, C)` raises",
         "contributes exactly 0, gradient exactly 0, as ignored classes do; labels may be anything",
+        None,
         _something_is_masked,
     ),
     Difference(
@@ -153,6 +167,7 @@ DIFFERENCES = (
         "matched to each other before the losses: raises for an integer mask or `(B, T, 1)` on "
         "`(B, T)`, or enlarges the result",
         "each is matched to the losses' shape; a sample counts if both say so",
+        None,
         _mask_meets_others,
     ),
     Difference(
@@ -160,13 +175,31 @@ DIFFERENCES = (
         "labels `(1, B)` for predictions `(B, C)`, with an `ignore_class`",
         "accepted, and the result may be `(1, B)` (without an `ignore_class` it raises)",
         "`ValueError`, with and without",
+        False,
         _labels_lead_with_one,
+    ),
+    Difference(
+        "two trailing 1",
+        "labels `(B, T, 1, 1)` for predictions `(B, T, C)`",
+        "accepted by the class, refused by the function",
+        "accepted by both",
+        True,
+        lambda case, refused: case.form == "function" and case.y_true.ndim > case.y_pred.ndim,
+    ),
+    Difference(
+        "one class",
+        "labels `(B, T)` for one class, `(B, T, 1)`; labels `(B, 1)` for predictions `(B,)`",
+        "raises, or drops an axis of the result; takes `(B,)` for one class, loss 0",
+        "as with more classes; `ValueError`",
+        None,
+        _there_is_one_class,
     ),
     Difference(
         "no samples",
         "reduced loss of an empty batch",
         "shape `(0,)`",
         "a scalar 0.0: a reduced loss is always a scalar",
+        False,
         _is_empty,
     ),
 )

@@ -73,17 +73,11 @@ def _expected(case: Case, poisons: bool) -> Expected:
         raise Refused("reduction")
     q, dtype = _cast_predictions(case)
     y_true = case.y_true
+    if case.as_lists:  # which do not say what is behind an axis of size 0
+        y_true, q = np.asarray(y_true.tolist()), np.asarray(q.tolist())
     if not -q.ndim <= options["axis"] < q.ndim:
         raise Refused("axis")
     axis = options["axis"] % q.ndim
-    if case.form == "class":
-        if case.as_lists:
-            y_true = np.asarray(y_true.tolist())
-        if axis == q.ndim - 1:
-            y_true, q = _same_rank(y_true, q)
-            axis = q.ndim - 1
-    if q.ndim == 0:
-        raise Refused("axis")
     classes = q.shape[axis]
     if classes == 0:
         raise Refused("classes")
@@ -126,15 +120,9 @@ def _cast_predictions(case: Case) -> tuple[np.ndarray, str]:
     return q, dtype
 
 
-def _same_rank(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if a.ndim == b.ndim + 1 and a.shape[-1] == 1:
-        return (a, b[..., None]) if b.ndim == 1 else (a[..., 0], b)
-    if b.ndim == a.ndim + 1 and b.shape[-1] == 1:
-        return (a[..., None], b) if a.ndim == 1 else (a, b[..., 0])
-    return a, b
-
-
 def _squeeze_labels(y_true: np.ndarray, q: np.ndarray, axis: int) -> np.ndarray:
+    if q.ndim > 1 and y_true.ndim == q.ndim + 1 and y_true.shape[-1] == 1:
+        y_true = y_true[..., 0]
     if y_true.ndim == q.ndim:
         for candidate in (axis, -1):
             if y_true.shape[candidate] == 1:

@@ -22,7 +22,7 @@ ENVIRONMENT = {
 
 
 def load(name: str):
-    """(losses module, function from a case's tensors to a value and a gradient, versions)."""
+    """(losses module, function from it and a case to a value and a gradient, versions)."""
     os.environ.update(ENVIRONMENT[name])
     # The evidence is about the CPU; and one thread is fastest for small tensors.
     os.environ.update(
@@ -53,19 +53,23 @@ def answer(losses, differentiate, case: dict) -> dict:
     except Exception as error:  # whatever Keras raises is its answer
         text = str(error).split("}} ")[-1].splitlines()  # TensorFlow puts the operation first
         return {"error": type(error).__name__, "message": text[0][:300] if text else ""}
+    # Outside of the `try`: what fails here is our failure, and no answer of Keras's.
     result = {}
-    for part, (array, dtype) in {"value": value, "gradient": gradient}.items():
-        result[part], result[f"{part}_dtype"] = array, dtype
+    for part, tensor in {"value": value, "gradient": gradient}.items():
+        result[part], result[f"{part}_dtype"] = (None, None) if tensor is None else plain(tensor)
     return result
 
 
 def evaluate(losses, case: dict, y_true, y_pred, mask):
     """The loss's value for these tensors, mask attached as Keras layers attach it."""
+    # Keras 2's class has no such arguments; at their defaults they need not be named.
+    defaults = {"axis": -1, "dtype": None}
+    options = {k: v for k, v in case["options"].items() if k not in defaults or v != defaults[k]}
     if case["form"] == "function":
-        return losses.sparse_categorical_crossentropy(y_true, y_pred, **case["options"])
+        return losses.sparse_categorical_crossentropy(y_true, y_pred, **options)
     if mask is not None:
         y_pred._keras_mask = mask
-    loss = losses.SparseCategoricalCrossentropy(**case["options"])
+    loss = losses.SparseCategoricalCrossentropy(**options)
     return loss(y_true, y_pred, sample_weight=case["sample_weight"])
 
 
@@ -83,8 +87,7 @@ def with_tensorflow(losses, case: dict):
         value = evaluate(losses, case, y_true, y_pred, mask)
         upstream = case["upstream"][: int(tf.size(value))].reshape(value.shape)
         total = tf.reduce_sum(value * tf.cast(upstream, value.dtype))
-    gradient = tape.gradient(total, x)
-    return plain(value), (None, None) if gradient is None else plain(gradient)
+    return value, tape.gradient(total, x)
 
 
 def with_torch(losses, case: dict):
@@ -101,7 +104,7 @@ def with_torch(losses, case: dict):
     upstream = torch.tensor(case["upstream"][: value.numel()].reshape(value.shape))
     if value.requires_grad:
         (value * upstream.to(value.dtype)).sum().backward()
-    return plain(value.detach()), (None, None) if x.grad is None else plain(x.grad)
+    return value.detach(), x.grad
 
 
 def with_jax(losses, case: dict):
@@ -123,17 +126,17 @@ def with_jax(losses, case: dict):
 
     x = jnp.asarray(case["y_pred"]).astype(case["y_pred_dtype"])
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        return plain(total(x)[1]), (None, None)
-    gradient, value = jax.grad(total, has_aux=True)(x)
-    return plain(value), plain(gradient)
+        return total(x)[1], None
+    gradient, value = jax.jit(jax.grad(total, has_aux=True))(x)  # compiles once, not per operation
+    return value, gradient
 
 
 def plain(tensor) -> tuple[np.ndarray, str]:
     """A tensor as a NumPy array that any process can read, and the name of its dtype."""
     dtype = getattr(tensor.dtype, "name", str(tensor.dtype).removeprefix("torch."))
-    if dtype in ("float16", "bfloat16"):
-        tensor = tensor.float() if hasattr(tensor, "float") else np.asarray(tensor)
-    array = np.asarray(tensor)
+    if dtype == "bfloat16" and hasattr(tensor, "float"):  # PyTorch's has no NumPy equivalent
+        tensor = tensor.float()
+    array = np.asarray(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
     return (array.astype(np.float32) if dtype in ("float16", "bfloat16") else array), dtype
 
 

@@ -1,0 +1,46 @@
+"""Fixtures: the live tf.keras, and calls of it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from torch_sce.crosscheck.answers import TARGET, Answer, LiveOracle
+from torch_sce.crosscheck.cases import Case
+
+
+@pytest.fixture(scope="session")
+def keras() -> Iterator[LiveOracle]:
+    """The real tf.keras in its own process."""
+    with LiveOracle(TARGET) as oracle:
+        yield oracle
+
+
+@pytest.fixture(scope="session")
+def ask(keras: LiveOracle) -> Callable[..., Answer]:
+    """`ask(y_true, y_pred, sample_weight, mask, **options)`: what tf.keras answers."""
+
+    def call(y_true, y_pred, sample_weight=None, mask=None, upstream=None, **options: Any) -> Answer:
+        case = make_case(y_true, y_pred, sample_weight, mask, upstream, **options)
+        return next(keras.answers([case]))
+
+    return call
+
+
+def make_case(
+    y_true, y_pred, sample_weight=None, mask=None, upstream=None, form="class", **options: Any
+) -> Case:
+    """A case as the cross-check has them, from the arguments of a call."""
+    y_pred = np.asarray(y_pred)
+    defaults = {"from_logits": False, "ignore_class": None, "axis": -1}
+    if form == "class":
+        defaults |= {"reduction": "sum_over_batch_size", "dtype": None}
+    if upstream is None:
+        upstream = np.ones(max(1, y_pred.size) ** 2 + 16, np.float32)
+    return Case(
+        seed=0, index=0, form=form, options=defaults | options, y_true=np.asarray(y_true), y_pred=y_pred,
+        y_pred_dtype=str(y_pred.dtype), sample_weight=sample_weight,
+        mask=None if mask is None else np.asarray(mask), as_lists=False,
+        upstream=np.asarray(upstream), features={},
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""The live tf.keras, on the same tensors. Nothing here is skipped: without TensorFlow it fails."""
+
+import numpy as np
+import pytest
+from conftest import make_case
+from test_losses import TestValuesAtTheEdge
+
+from torch_sce.crosscheck.answers import RecordedOracle, ours
+from torch_sce.crosscheck.cases import draw
+from torch_sce.crosscheck.command import CASES, SEED
+from torch_sce.crosscheck.compare import AGREES, differs, judge, reference
+
+REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
+
+# classification; a sequence; a map; large enough for sums to round; a vocabulary
+SHAPES = [(16, 10), (4, 7, 11), (2, 6, 5, 3), (512, 100), (8, 5000)]
+
+
+def agrees(keras, y_true, y_pred, *weights, **options) -> None:
+    """Our answer is Keras's: value, gradient, shape and dtype, within the bound of rounding."""
+    rng = np.random.default_rng(1)
+    upstream = rng.standard_normal(np.asarray(y_true).size + 1).astype(np.float32)
+    case = make_case(y_true, y_pred, *weights, upstream=upstream, **options)
+    (answer,) = keras.answers([case])
+    verdict = judge(case, answer, ours(case))
+    assert not answer.error, answer.message
+    assert verdict.outcome == AGREES, verdict.reason
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_tensors(keras, shape, from_logits, reduction):
+    rng = np.random.default_rng(0)
+    y_pred = 4 * rng.standard_normal(shape)
+    if not from_logits:
+        y_pred = np.exp(y_pred) / np.exp(y_pred).sum(-1, keepdims=True)
+    y_pred = y_pred.astype(np.float32)
+    y_true = rng.integers(0, shape[-1], shape[:-1])
+    options = {"from_logits": from_logits, "reduction": reduction}
+    agrees(keras, y_true, y_pred, **options)
+    agrees(keras, y_true[..., None], y_pred, **options)
+    weight = rng.random(shape[:-1]).astype(np.float32)
+    agrees(keras, y_true, y_pred, weight, **options)
+    mask = rng.random(shape[:-1]) < 0.7
+    agrees(keras, y_true, y_pred, weight, mask, **options)
+    y_true[rng.random(shape[:-1]) < 0.3] = -1
+    agrees(keras, y_true, y_pred, weight, ignore_class=-1, **options)
+    agrees(keras, y_true, y_pred, None, mask, ignore_class=-1, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("computed", [None, "float64"])
+def test_dtypes(keras, dtype, computed):
+    rng = np.random.default_rng(0)
+    z, y = rng.standard_normal((8, 5)).astype(dtype), rng.integers(0, 5, 8)
+    agrees(keras, y, z, from_logits=True, reduction="none", dtype=computed)
+
+
+@pytest.mark.parametrize(
+    ("from_logits", "table"),
+    [(False, TestValuesAtTheEdge.PROBABILITIES), (True, TestValuesAtTheEdge.LOGITS)],
+)
+def test_values_at_the_edge(keras, from_logits, table):
+    for row, label, *_ in table:
+        y_pred = np.array([row], np.float32)
+        agrees(keras, np.array([label]), y_pred, from_logits=from_logits, reduction="none")
+
+
+def test_keras_still_answers_as_the_tables_of_edges_say(ask):
+    for from_logits, table in (
+        (False, TestValuesAtTheEdge.PROBABILITIES),
+        (True, TestValuesAtTheEdge.LOGITS),
+    ):
+        for row, label, value, gradient in table:
+            answer = ask([label], np.array([row], np.float32), from_logits=from_logits)
+            assert answer.value == pytest.approx(value, rel=2e-6, abs=6e-8, nan_ok=True)
+            assert answer.gradient[0].tolist() == pytest.approx(
+                gradient, rel=1e-4, abs=1e-6, nan_ok=True
+            )
+
+
+def test_the_recorded_answers_are_the_live_ones(keras):
+    recorded = RecordedOracle()
+    cases = [draw(SEED, index) for index in range(CASES)]
+    assert len(recorded.entries) == CASES
+    assert recorded.versions == keras.versions
+    for case, live, stored in zip(cases, keras.answers(cases), recorded.answers(cases), strict=True):
+        assert live.error == stored.error, case.index
+        if not live.error:
+            right, _ = reference(case)
+            assert live.value.shape == stored.value.shape
+            # Another processor may round differently; where there is no bound, compare the bits.
+            same = np.array_equal(live.value, stored.value, equal_nan=True)
+            assert same or differs(live, stored, right, case) is None, case.index

@@ -1,0 +1,288 @@
+"""The cross-check itself: that it can fail, that it is reproducible, and how it ends."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from conftest import make_case
+
+import torch_sce
+from torch_sce.crosscheck import command
+from torch_sce.crosscheck.answers import LiveOracle, OracleError, RecordedOracle, ours
+from torch_sce.crosscheck.cases import draw, to_bfloat16
+from torch_sce.crosscheck.command import AGREEMENT, CASES, DISAGREEMENT, NO_ORACLE, SEED, USAGE, main
+from torch_sce.crosscheck.compare import MISMATCH, differs_from_reference, judge, reference
+
+PACKAGE = Path(torch_sce.__file__).parent
+
+# name: (file, what stands there, what the mutant has instead), ...
+MUTATIONS = {
+    "epsilon 1e-6": [("functional.py", "EPSILON = 1e-7", "EPSILON = 1e-6")],
+    "probabilities renormalised before the clip": [
+        ("kernels/aten.py", "    c = z.clamp(*clip)",
+         "    z = z / z.sum(1, keepdim=True)\n    c = z.clamp(*clip)")],
+    "exclusive clip bounds": [("kernels/aten.py", "(low <= z) & (z <= high)", "(low < z) & (z < high)")],
+    "gradient without the clip mask": [
+        ("kernels/aten.py", "dz = torch.where((low <= z) & (z <= high), dz, 0)", "pass")],
+    "no maximum subtracted": [("kernels/aten.py", "m = z.detach().amax(1)", "m = z.detach().amax(1) * 0")],
+    "upstream gradient not on the label": [
+        ("kernels/aten.py", "dz = g * ((z - m).exp() / s - is_label.to(z.dtype))",
+         "dz = g * (z - m).exp() / s - is_label.to(z.dtype)")],
+    "mean over B, not B * T": [
+        ("reduction.py", "return total / max(losses.numel(), 1)",
+         "return total / max(len(losses) if losses.ndim else 1, 1)")],
+    "weights in the denominator of the plain mean": [
+        ("reduction.py", 'if reduction == "mean_with_sample_weight" and factor is not None:',
+         'if reduction != "sum" and factor is not None:')],
+    "masked mean over all": [
+        ("reduction.py", "count = mask.to(losses.dtype).sum() * share",
+         "count = torch.ones_like(mask, dtype=losses.dtype).sum() * share")],
+    "ignored samples counted": [
+        ("losses.py", "return reduce(losses, sample_weight, mask,",
+         "return reduce(losses, sample_weight, None,")],
+    "half a mask counted whole": [
+        ("reduction.py", "count = mask.to(losses.dtype)", "count = mask.bool().to(losses.dtype)")],
+    "mean_with_sample_weight without the mask": [
+        ("reduction.py", "_ratio(total, factor.sum())",
+         "_ratio(total, (factor if sample_weight is None else sample_weight).sum())")],
+    "a scalar weight divided as often as it counts": [
+        ("reduction.py", "_ratio(total, factor.sum())",
+         "_ratio(total, factor.expand(losses.shape).sum())")],
+    "division by zero": [
+        ("reduction.py", "return torch.where(is_zero, 0, total / torch.where(is_zero, 1, divisor))",
+         "return total / divisor"),
+        ("reduction.py", "return torch.where(count == 0, total * 0, _ratio(total, count))",
+         "return total / count")],
+    "auto is the sum": [
+        ("reduction.py", 'if reduction == "sum":', 'if reduction in ("sum", "auto"):')],
+    "weights along the wrong axis": [
+        ("reduction.py", "elif value.ndim == rank - 1 and value.ndim > 0 and shape[-1] == 1:",
+         "elif value.ndim == rank - 1 and value.ndim > 0:")],
+    "labels rounded, not truncated": [
+        ("functional.py", ".clamp(-(2.0**40), 2.0**40).long()",
+         ".clamp(-(2.0**40), 2.0**40).round().long()")],
+    "ignore_class compared after truncation": [
+        ("functional.py", "return labels != float(ignore_class)",
+         "return class_numbers(labels) != int(ignore_class)")],
+    "trailing 1 not squeezed": [
+        ("functional.py", "if labels.ndim == y_pred.ndim:", "if False:")],
+    "bad labels not refused": [("functional.py", "if not outside.any():", "if True:")],
+    "float64 kept by default": [
+        ("losses.py", "return y_pred if widens else",
+         "return y_pred if widens or y_pred.dtype == torch.float64 else"),
+        ("losses.py", ".to(self.dtype)\n\n    def _cast",
+         ".to(torch.promote_types(self.dtype, y_pred.dtype))\n\n    def _cast")],
+    "the loss in the predictions' half precision": [
+        ("losses.py", ".to(self.dtype)\n\n    def _cast", ".to(y_pred.dtype)\n\n    def _cast")],
+    "halves clipped as float32 is": [
+        ("functional.py", "None if from_logits else CLIP[dtype]",
+         "None if from_logits else CLIP[torch.float32]")],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The default cases, tf.keras's answers to them, and the float64 answers."""
+    cases = [draw(SEED, index) for index in range(CASES)]
+    return list(zip(cases, RecordedOracle().answers(cases), strict=True))
+
+
+def mutant(name, directory):
+    """A copy of the package with one thing wrong."""
+    root = directory / "mutant"
+    shutil.copytree(PACKAGE, root, ignore=shutil.ignore_patterns("crosscheck", "__pycache__"))
+    for file, old, new in MUTATIONS[name]:
+        text = (root / file).read_text()
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+        (root / file).write_text(text.replace(old, new))
+    alias = "mutant_" + re.sub(r"\W", "_", name)
+    spec = importlib.util.spec_from_file_location(
+        alias, root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[alias] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("default")  # a mutant may make PyTorch warn
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_cross_check_catches(name, recorded, tmp_path):
+    module = mutant(name, tmp_path)
+    assert any(
+        judge(case, answer, ours(case, package=module)).outcome == MISMATCH
+        for case, answer in recorded
+    )
+
+
+def test_without_a_mutation_nothing_is_caught(recorded):
+    found = [judge(case, answer, ours(case)) for case, answer in recorded]
+    assert [v.reason for v in found if v.outcome == MISMATCH] == []
+
+
+def test_our_errors_are_no_larger_than_keras_s(recorded):
+    verdicts = [judge(case, answer, ours(case)) for case, answer in recorded]
+    for part in ("value", "gradient"):
+        mine, theirs = (
+            np.array([v.ulps[f"{who}, {part}"] for v in verdicts if f"{who}, {part}" in v.ulps])
+            for who in ("ours", "Keras")
+        )
+        assert len(mine) == len(theirs) > 1000
+        assert np.median(mine) <= np.median(theirs)
+        assert mine.max() <= theirs.max()
+
+
+def test_the_reference_gives_our_answer_in_every_case(recorded):
+    for case, _ in recorded:
+        assert differs_from_reference(ours(case), reference(case)[0], case) is None, case.index
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_with_sample_weight"])
+def test_the_reference_equals_the_oracle(from_logits, reduction):
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet([0.3] * 5, (3, 4)).astype(np.float32)
+    p[0, 0], p[1, 1] = [1, 0, 0, 0, 0], [0.2, 3, -1, 0, 0.5]
+    y, weight, mask = rng.integers(-1, 5, (3, 4)), rng.random((3, 1)), rng.random((3, 4)) < 0.7
+    options = {"from_logits": from_logits, "ignore_class": -1, "axis": -1, "reduction": reduction}
+    upstream = np.ones(12, np.float32)
+    case = make_case(y, p, weight, mask, upstream, dtype=None, **options)
+    right, _ = reference(case)
+    value, gradient = oracle.loss(y, p, weight, mask, **options)
+    # The reference clips at the bounds as float32 rounds them, 1.2e-8 and 2e-8 away.
+    np.testing.assert_allclose(right.value, value, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(right.gradient, gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    import torch
+
+    x = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    x[:4] = [np.nan, np.inf, -np.inf, 1 + 2**-8]
+    want = torch.tensor(x).bfloat16().float().numpy()
+    np.testing.assert_array_equal(to_bfloat16(x), want)
+
+
+def test_a_case_depends_on_its_seed_and_number_alone():
+    assert draw(3, 77).fingerprint == draw(3, 77).fingerprint
+    assert len({draw(seed, index).fingerprint for seed in range(3) for index in range(50)}) == 150
+
+
+class TestCommand:
+    def run(self, capsys, *arguments):
+        code = main(list(arguments))
+        return code, capsys.readouterr().out
+
+    def test_agreement_is_exit_code_0(self, capsys):
+        code, out = self.run(capsys, "--cases", "60", "--oracle", "recorded")
+        assert code == AGREEMENT == 0
+        assert "60 cases of --seed 0" in out and "0 mismatches" in out
+        assert re.search(r"ours median [\d.]+, mean [\d.]+, largest [\d.]+", out)
+
+    @pytest.mark.filterwarnings("default")
+    def test_a_mismatch_is_exit_code_1_with_the_command_that_shows_it(
+        self, capsys, monkeypatch, tmp_path
+    ):
+        module = mutant("epsilon 1e-6", tmp_path)
+        monkeypatch.setattr(
+            command, "ours", lambda case, device="cpu": ours(case, device, package=module)
+        )
+        code, out = self.run(capsys, "--cases", "100", "--oracle", "recorded")
+        assert code == DISAGREEMENT == 1
+        (first, *_) = re.findall(r"python scripts/cross_check.py (--seed 0 --case \d+)", out)
+        code, out = self.run(capsys, *first.split(), "--oracle", "recorded")
+        assert code == DISAGREEMENT
+        for part in ("y_true int", "y_pred, float", "\ntf.keras", "\nours", "\nin float64"):
+            assert part in out
+
+    @pytest.mark.parametrize("arguments", [
+        ["--cases", "0"], ["--cases", "many"], ["--oracle", "pytorch"], ["--unknown"],
+        ["--cases", "20", "--filter", "reduction: product"], ["--device", "cuda:99"],
+        ["--record", "x.npz", "--oracle", "recorded"],
+    ])  # fmt: skip
+    def test_wrong_usage_is_exit_code_2(self, arguments, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == USAGE == 2
+        assert "error:" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("program", "message"), [
+        ("import sys; sys.exit('out of memory')", "crashed with exit code 1; it last said:\nout of"),
+        ("import pickle, sys; pickle.dump({'missing': 'no tensorflow'}, sys.stdout.buffer)",
+         "the oracle tf.keras is not installed (no tensorflow): pip install"),
+        ("import time; time.sleep(60)", "gave no answer in 1 s"),
+        ("import pickle, sys, os; pickle.dump({'versions': {}}, sys.stdout.buffer); "
+         "sys.stdout.flush(); sys.stdin.read(10); os.kill(os.getpid(), 9)",
+         "crashed with exit code -9"),
+    ])  # fmt: skip
+    def test_an_oracle_that_fails_is_exit_code_3(self, program, message, capsys, monkeypatch, tmp_path):
+        worker = tmp_path / "worker.py"
+        worker.write_text(program)
+        monkeypatch.setattr(LiveOracle, "start_timeout", 1.0 if "sleep" in program else 60.0)
+        monkeypatch.setattr(command, "LiveOracle", lambda name: LiveOracle(name, worker))
+        code, out = self.run(capsys, "--cases", "5")
+        assert code == NO_ORACLE == 3
+        assert message in out
+
+    def test_cases_that_were_not_recorded_are_exit_code_3(self, capsys):
+        code, out = self.run(capsys, "--seed", "9", "--cases", "5", "--oracle", "recorded")
+        assert code == NO_ORACLE
+        assert "answers are recorded for --seed 0" in out
+
+    def test_a_case_that_has_changed_is_not_compared_with_its_record(self):
+        case = draw(SEED, 0)
+        changed = make_case(case.y_true + 1, case.y_pred)
+        with pytest.raises(OracleError, match="is not the one that was recorded"):
+            next(RecordedOracle().answers([changed]))
+
+    def test_a_filter_keeps_the_cases_with_that_feature(self, capsys, tmp_path):
+        found = tmp_path / "found.json"
+        code, _ = self.run(
+            capsys, "--cases", "300", "--oracle", "recorded", "--filter", "reduction: sum",
+            "--filter", "predictions are: logits", "--json", str(found),
+        )  # fmt: skip
+        assert code == AGREEMENT
+        results = json.loads(found.read_text())
+        assert set(results["features"]["reduction"]) == {"sum"}
+        assert set(results["features"]["predictions are"]) == {"logits"}
+        assert 10 < results["cases"] < 100
+
+    def test_reports_are_written(self, capsys, tmp_path):
+        found, page = tmp_path / "found.json", tmp_path / "page.html"
+        code, _ = self.run(
+            capsys, "--cases", "80", "--oracle", "recorded", "--json", str(found), "--html", str(page)
+        )
+        assert code == AGREEMENT
+        results = json.loads(found.read_text())
+        assert results["cases"] == 80 == sum(results["outcomes"].values())
+        assert results["versions"]["keras"] and results["mismatches"] == []
+        assert set(results["ulps"]) == {
+            f"{who}, {part}" for who in ("ours", "Keras") for part in ("value", "gradient")
+        }
+        text = page.read_text()
+        assert text.count("data:image/png;base64,") == 2
+        assert not re.search(r'(src|href)="(?!data:)', text)  # nothing to fetch
+        assert "0 mismatches" in text
+
+    @pytest.mark.parametrize("name", ["tf_keras", "keras-torch", "keras-jax"])
+    def test_other_kerases_are_compared_with_tf_keras(self, name, capsys):
+        code, out = self.run(capsys, "--cases", "24", "--oracle", name)
+        assert code == AGREEMENT
+        flat = re.sub(r"\s+", " ", out)
+        assert re.search(rf"{name} \(.*\) differs from tf.keras in [1-9]\d* of 24 cases", flat)
+
+    def test_answers_can_be_recorded(self, capsys, tmp_path):
+        path = tmp_path / "answers.npz"
+        code, _ = self.run(capsys, "--seed", "5", "--cases", "30", "--record", str(path))
+        assert code == AGREEMENT
+        cases = [draw(5, index) for index in range(30)]
+        stored = list(RecordedOracle(path).answers(cases))
+        assert len(stored) == 30
+        assert all(judge(c, a, ours(c)).outcome != MISMATCH for c, a in zip(cases, stored, strict=True))

@@ -1,0 +1,274 @@
+"""Each row in which we differ from tf.keras on purpose: what Keras does, and what we do."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torch_sce import SparseCategoricalCrossentropy, sparse_categorical_crossentropy
+from torch_sce.crosscheck.differences import DIFFERENCES
+
+Y = np.array([0, 2, 1])
+P = np.array([[0.9, 0.05, 0.05], [0.5, 0.3, 0.2], [0.05, 0.85, 0.1]], np.float32)
+Z = np.array([[8, 1, 1], [0, 9, 1], [2, 3, 5]], np.float32)
+Loss = SparseCategoricalCrossentropy
+
+KERAS = """
+import json, os, sys
+import numpy as np, tensorflow as tf
+losses = tf.keras.losses
+loss = losses.SparseCategoricalCrossentropy
+facts = {}
+if os.environ["TF_USE_LEGACY_KERAS"] == "0":
+    y, p = [0], [[0.5, 0.5]]
+    try:
+        loss()(y, p)
+    except Exception as error:
+        facts["lists"] = type(error).__name__
+    made = loss(from_logits=True, ignore_class=-1, reduction="sum", axis=1, dtype="float64")
+    z = tf.constant([[50.0, 0.0, -50.0]])
+    facts["through softmax"] = float(loss()(np.array([2]), tf.keras.layers.Softmax()(z)))
+    facts["of probabilities"] = float(loss()(np.array([2]), tf.nn.softmax(z)))
+    facts["of logits"] = float(loss(from_logits=True)(np.array([2]), z))
+else:
+    made = loss(from_logits=True, ignore_class=-1)
+facts["config"] = made.get_config()
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module")
+def facts():
+    """Things that only a Keras object can tell, from both generations."""
+    found = {}
+    for name, legacy in (("keras 3", "0"), ("keras 2", "1")):
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "TF_USE_LEGACY_KERAS": legacy,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "-1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", KERAS], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def value(y_true, y_pred, sample_weight=None, mask=None, **options) -> float:
+    return Loss(**options)(y_true, y_pred, sample_weight, mask).item()
+
+
+def test_lists_are_arrays(facts):
+    assert facts["keras 3"]["lists"] == "ValueError"
+    assert value(Y.tolist(), P.tolist()) == value(Y, P)
+
+
+def test_auto_is_the_mean_over_the_batch(ask):
+    assert ask(Y, P, reduction="auto").error == "ValueError"
+    assert value(Y, P, reduction="auto") == value(Y, P)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -2, -3])
+def test_any_class_axis_works(ask, axis):
+    p = np.random.default_rng(0).dirichlet([1, 1, 1], (4, 5)).astype(np.float32)
+    y = np.random.default_rng(1).integers(0, 3, (4, 5))
+    moved = np.ascontiguousarray(np.moveaxis(p, -1, axis))
+    assert ask(y, moved, axis=axis).error == "ValueError"
+    assert value(y, moved, axis=axis) == value(y, p) == pytest.approx(float(ask(y, p).value))
+
+
+@pytest.mark.parametrize(("dtype", "label"), [("float16", 2049), ("bfloat16", 257)])
+def test_labels_are_never_rounded_to_the_loss_s_dtype(ask, dtype, label):
+    z = np.zeros((1, 5000), np.float32)
+    z[0, label] = 3
+    exact = value([label], z, from_logits=True)
+    rounded = ask(np.array([label]), z, from_logits=True, dtype=dtype)
+    assert rounded.value == pytest.approx(exact + 3, abs=0.05)
+    assert value([label], z, from_logits=True, dtype=dtype) == pytest.approx(exact, abs=0.05)
+    # An ignored class is compared exactly too.
+    ignored = ask(np.array([label - 1]), z, from_logits=True, dtype=dtype, ignore_class=label)
+    assert ignored.value == 0
+    assert value([label - 1], z, from_logits=True, dtype=dtype, ignore_class=label) > 8
+    # float32 cannot hold this label either, and makes it 3.
+    almost = np.array([2.9999999999])
+    assert ask(almost, Z[:1]).error == "InvalidArgumentError"
+    assert value(almost, Z[:1], from_logits=True) == value([2], Z[:1], from_logits=True)
+
+
+def test_sums_in_half_precision_do_not_overflow(ask):
+    y, z = np.zeros(10_000, np.int64), np.tile(np.float32([0, 7]), (10_000, 1))
+    options = {"from_logits": True, "dtype": "float16"}
+    assert np.isinf(ask(y, z, **options).value)
+    assert value(y, z, **options) == pytest.approx(7.0, abs=4e-3)
+    # Nor does the reciprocal of a small probability on its way to the gradient.
+    p = np.array([[1.2e-7, 0.9]])
+    assert np.isinf(ask([1], p, dtype="float16").gradient).any()
+    leaf = torch.tensor(p, requires_grad=True)
+    Loss(dtype="float16")([1], leaf).backward()
+    assert leaf.grad is not None
+    np.testing.assert_allclose(leaf.grad, [[1 / 0.9, 0]], atol=2e-3)
+
+
+def test_the_function_computes_halves_in_float32(ask):
+    p = P.astype(np.float16)
+    answer = ask(Y, p, form="function")
+    losses = sparse_categorical_crossentropy(Y, p)
+    assert answer.value_dtype == "float16" and losses.dtype == torch.float32
+    np.testing.assert_allclose(losses, answer.value, rtol=2e-3)
+
+
+@pytest.mark.parametrize("argument", ["sample_weight", "mask"])
+def test_a_weight_that_would_enlarge_the_loss_is_refused(ask, argument):
+    given = np.ones((3, 3), np.float32)
+    assert ask(Y, P, reduction="none", **{argument: given}).value.shape == (3, 3)
+    with pytest.raises(ValueError, match=rf"{argument} must broadcast .* \(3,\), got \(3, 3\)"):
+        value(Y, P, **{argument: given})
+
+
+@pytest.mark.parametrize("argument", ["sample_weight", "mask"])
+def test_a_weight_with_a_trailing_1_keeps_the_losses_shape(ask, argument):
+    given = np.array([[1], [0], [1]], np.float32)
+    answer = ask(Y, P, reduction="none", **{argument: given})
+    losses = Loss(reduction="none")(Y, P, **{argument: given})
+    assert answer.value.shape == (3, 1) and losses.shape == (3,)
+    np.testing.assert_allclose(losses, answer.value[:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("argument", ["sample_weight", "mask"])
+def test_a_weight_per_sample_does_not_meet_the_time_axis(ask, argument):
+    rng = np.random.default_rng(0)
+    square, y = rng.dirichlet([1, 1, 1], (4, 4)).astype(np.float32), rng.integers(0, 3, (4, 4))
+    given = np.array([1, 0, 0, 0], np.float32)
+    each = Loss(reduction="none")(y, square).numpy()
+    along_time = ask(y, square, reduction="none", **{argument: given}).value
+    np.testing.assert_allclose(along_time[:, 0], each[:, 0], rtol=1e-5)
+    assert (along_time[:, 1:] == 0).all()
+    with pytest.raises(ValueError, match=rf"pass {argument}\[:, None\]"):
+        value(y, square, **{argument: given})
+    assert ask(y[:, :3], square[:, :3], **{argument: given}).error == "InvalidArgumentError"
+    per_sample = Loss(reduction="none")(y, square, **{argument: given[:, None]})
+    np.testing.assert_array_equal(per_sample[1:], 0)
+
+
+def test_what_is_masked_does_not_matter(ask):
+    p, y, mask = P.copy(), Y.copy(), np.array([True, False, True])
+    p[1] = np.nan
+    assert np.isnan(ask(y, p, mask=mask).value)
+    leaf = torch.tensor(p, requires_grad=True)
+    loss = Loss()(y, leaf, mask=mask)
+    loss.backward()
+    assert loss.item() == value(Y[mask], P[mask])
+    assert leaf.grad is not None and (leaf.grad[1] == 0).all() and leaf.grad.isfinite().all()
+    y[1] = -100
+    assert ask(y, P, mask=mask).error == "InvalidArgumentError"
+    assert value(y, P, None, mask) == value(Y[mask], P[mask])
+
+
+def test_a_mask_is_matched_to_the_losses_alone(ask):
+    z = np.stack([Z, Z[::-1]])
+    y = np.array([[0, 2, -1], [1, 0, 2]])
+    mask = np.array([[1, 0, 1], [1, 1, 0]], np.int32)
+    options = {"from_logits": True, "ignore_class": -1}
+    want = float(ask(y, z, mask=mask.astype(bool), **options).value)
+    for odd in (mask, mask.astype(bool)[..., None]):
+        assert ask(y, z, mask=odd, **options).error == "InvalidArgumentError"
+        assert value(y, z, None, odd, **options) == pytest.approx(want)
+
+
+def test_labels_that_lead_with_1_are_refused(ask):
+    y = Y[None]
+    assert ask(y, P, ignore_class=-1).error is None
+    assert ask(y, P).error == "ValueError"
+    for ignored in (None, -1):
+        with pytest.raises(ValueError, match=r"\(3,\), got \(1, 3\)"):
+            value(y, P, ignore_class=ignored)
+
+
+def test_two_trailing_ones_are_dropped_by_the_function_too(ask):
+    z, y = np.stack([Z, Z]), np.stack([Y, Y])[..., None, None]
+    assert ask(y, z, form="function", from_logits=True).error == "ValueError"
+    want = ask(y, z, from_logits=True, reduction="none").value
+    np.testing.assert_allclose(sparse_categorical_crossentropy(y, z, True), want, rtol=1e-6)
+
+
+def test_one_class_is_no_exception(ask):
+    y, p = np.zeros((2, 3), np.int64), np.ones((2, 3, 1), np.float32)
+    assert ask(y, p).error == "ValueError"
+    assert torch.equal(Loss(reduction="none")(y, p), torch.zeros(2, 3))
+    flat = np.array([0.5, 0.2, 0.3], np.float32)
+    assert ask(np.array([[0], [1], [0]]) * 0, flat).value == 0
+    with pytest.raises(ValueError, match=r"y_true must .* got \(3, 1\)"):
+        value(np.zeros((3, 1), np.int64), flat)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "mean_with_sample_weight"])
+def test_the_loss_of_no_samples_is_a_scalar_zero(ask, reduction):
+    y, p = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)
+    assert ask(y, p, reduction=reduction).value.shape == (0,)
+    leaf = torch.tensor(p, requires_grad=True)
+    loss = Loss(reduction=reduction)(y, leaf)
+    loss.backward()
+    assert loss.shape == () and loss.item() == 0 and leaf.grad is not None
+    assert Loss(reduction="none")(y, p).shape == (0,)
+
+
+@pytest.mark.parametrize("label", [3, -1, -100, 255])
+def test_a_label_outside_the_classes_raises_on_the_cpu(ask, label):
+    y = np.array([0, label, 1])
+    assert ask(y, P).error == "InvalidArgumentError"
+    with pytest.raises(ValueError, match=rf"\[0, 3\).* got {label} at position \(1,\)"):
+        value(y, P)
+
+
+def test_a_label_outside_the_classes_is_nan_where_labels_are_not_read():
+    """The rule of devices, by the paths that run without one: a compiled loss reads no labels."""
+    leaf = torch.tensor(Z, requires_grad=True)
+    loss = torch.compile(Loss(True, reduction="none"), fullgraph=True, backend="aot_eager")
+    losses = loss(torch.tensor([0, 7, 1]), leaf)
+    losses.sum().backward()
+    assert losses.isnan().tolist() == [False, True, False]
+    assert leaf.grad is not None
+    assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_complex_labels_are_refused(ask):
+    assert ask(Y.astype(np.complex64), P).error is None
+    with pytest.raises(TypeError, match="y_true must hold real numbers"):
+        value(Y.astype(np.complex64), P)
+
+
+def test_a_config_keeps_axis_and_dtype(facts):
+    config = facts["keras 3"]["config"]
+    assert "axis" not in config and "dtype" not in config
+    ours = Loss(from_logits=True, axis=1, dtype="float64")
+    assert Loss.from_config(ours.get_config()).get_config()["axis"] == 1
+    assert Loss.from_config(ours.get_config()).dtype == torch.float64
+
+
+def test_configs_of_keras_losses_are_taken(facts):
+    three, two = (Loss.from_config(facts[name]["config"]) for name in ("keras 3", "keras 2"))
+    assert (three.from_logits, three.ignore_class, three.reduction) == (True, -1, "sum")
+    assert (two.from_logits, two.ignore_class, two.reduction) == (True, -1, "auto")
+
+
+def test_keras_looks_through_a_softmax_and_logits_match_it(facts):
+    found = facts["keras 3"]
+    assert found["through softmax"] == found["of logits"] == 100
+    z = torch.tensor([[50.0, 0.0, -50.0]])
+    assert value([2], z, from_logits=True) == found["of logits"]
+    assert value([2], z.softmax(-1)) == pytest.approx(found["of probabilities"], rel=1e-6)
+
+
+def test_the_readme_has_every_row():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = {tuple(cell.strip() for cell in line.strip("| \n").split(" | "))
+            for line in readme.splitlines() if re.match(r"\| ", line)}  # fmt: skip
+    for difference in DIFFERENCES:
+        assert (difference.where, difference.keras, difference.here) in rows, difference.name

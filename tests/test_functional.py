@@ -1,0 +1,214 @@
+"""The unreduced function: labels, shapes, the class axis, ignored classes, and its errors."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from ulps import ulps
+
+from torch_sce import sparse_categorical_crossentropy
+from torch_sce.functional import class_numbers
+
+LABEL_DTYPES = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
+    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+
+
+def predictions(shape, seed=0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def labels(shape, classes, seed=1) -> torch.Tensor:
+    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", LABEL_DTYPES)
+def test_labels_may_have_any_real_dtype(dtype):
+    z, y = predictions((6, 5)), labels((6,), 5)
+    want = sparse_categorical_crossentropy(y, z, from_logits=True)
+    assert torch.equal(sparse_categorical_crossentropy(y.to(dtype), z, from_logits=True), want)
+
+
+def test_labels_may_be_bool():
+    z, y = predictions((6, 2)), labels((6,), 2)
+    want = sparse_categorical_crossentropy(y, z, from_logits=True)
+    assert torch.equal(sparse_categorical_crossentropy(y.bool(), z, from_logits=True), want)
+
+
+def test_float_labels_are_truncated_toward_zero():
+    z = predictions((4, 3))
+    floats = torch.tensor([1.9, -0.9, 2.0, 0.5], dtype=torch.float64)
+    want = sparse_categorical_crossentropy(torch.tensor([1, 0, 2, 0]), z, from_logits=True)
+    assert torch.equal(sparse_categorical_crossentropy(floats, z, from_logits=True), want)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1.0])
+def test_a_float_that_is_no_class_gets_no_class_number(value):
+    number = class_numbers(torch.tensor([value], dtype=torch.float64)).item()
+    assert not 0 <= number < 2**31
+
+
+def test_unsigned_labels_past_int64_are_not_taken_for_minus_one():
+    y = torch.from_numpy(np.array([2**64 - 1, 0], np.uint64))
+    with pytest.raises(ValueError, match="got 18446744073709551615 at position"):
+        sparse_categorical_crossentropy(y, predictions((2, 3)), True, ignore_class=-1)
+
+
+# y_true's shape, y_pred's shape, axis, the losses' shape
+SHAPES = [
+    ((4,), (4, 3), -1, (4,)),
+    ((4, 1), (4, 3), -1, (4,)),
+    ((4, 5), (4, 5, 3), -1, (4, 5)),
+    ((4, 5, 1), (4, 5, 3), -1, (4, 5)),
+    ((), (3,), -1, ()),
+    ((1,), (3,), 0, ()),
+    ((2, 4, 5), (2, 4, 5, 3), 3, (2, 4, 5)),
+    ((2, 4, 5, 1), (2, 4, 5, 3), -1, (2, 4, 5)),
+    ((2, 4, 5), (2, 3, 4, 5), 1, (2, 4, 5)),
+    ((2, 1, 4, 5), (2, 3, 4, 5), 1, (2, 4, 5)),
+    ((2, 4, 5, 1), (2, 3, 4, 5), -3, (2, 4, 5)),
+    ((4, 5), (3, 4, 5), 0, (4, 5)),
+    ((4,), (4, 1), -1, (4,)),  # one class
+    ((4, 5), (4, 5, 1), -1, (4, 5)),
+    ((0,), (0, 3), -1, (0,)),
+    ((4, 0), (4, 0, 3), -1, (4, 0)),
+]
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize(("y_shape", "shape", "axis", "loss_shape"), SHAPES)
+def test_every_shape_equals_the_oracle(y_shape, shape, axis, loss_shape, from_logits):
+    z = predictions(shape) if from_logits else predictions(shape).softmax(axis)
+    y, z = labels(y_shape, shape[axis]), z.requires_grad_()
+    losses = sparse_categorical_crossentropy(y, z, from_logits, axis=axis)
+    want, slopes, _ = oracle.losses(y, z.detach(), from_logits, axis=axis)
+    assert losses.shape == loss_shape
+    assert ulps(losses, want.reshape(loss_shape), np.maximum(want.reshape(loss_shape), 1)) <= 4
+    upstream = predictions(loss_shape, seed=2)
+    losses.backward(upstream)
+    dz = slopes * np.expand_dims(upstream.numpy(), axis)
+    assert z.grad is not None
+    size = np.abs(dz).max(axis, keepdims=True, initial=1)
+    assert ulps(z.grad, dz, size) <= 8
+
+
+@pytest.mark.parametrize("ignored", [-1, 0, 2, 255, -100, 1.0, True, np.int64(1), np.float32(2)])
+def test_ignored_samples_have_no_loss_and_no_gradient(ignored):
+    z, y = predictions((8, 4)), labels((8,), 4)
+    y[2], y[5] = int(ignored), int(ignored)
+    z[2] = torch.nan
+    z.requires_grad_()
+    losses = sparse_categorical_crossentropy(y, z, True, ignore_class=ignored)
+    losses.sum().backward()
+    kept = y != int(ignored)
+    want = sparse_categorical_crossentropy(y[kept], z.detach()[kept], True)
+    assert torch.equal(losses[kept], want)
+    assert z.grad is not None and (losses[~kept] == 0).all() and (z.grad[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("ignored", [1.5, -7, np.nan, np.inf, 2.0**70])
+def test_an_ignore_class_that_no_label_has_changes_nothing(ignored):
+    z, y = predictions((8, 4)), labels((8,), 4)
+    want = sparse_categorical_crossentropy(y, z, True)
+    assert torch.equal(sparse_categorical_crossentropy(y, z, True, ignore_class=ignored), want)
+
+
+def test_ignore_class_is_compared_before_labels_are_truncated():
+    z = predictions((3, 3))
+    y = torch.tensor([1.5, 1.0, 0.0])
+    losses = sparse_categorical_crossentropy(y, z, True, ignore_class=1)
+    want = sparse_categorical_crossentropy(torch.tensor([1, 0]), z[[0, 2]], True)
+    assert torch.equal(losses, torch.stack([want[0], torch.zeros(()), want[1]]))
+
+
+@pytest.mark.parametrize("convert", [np.asarray, np.ndarray.tolist, torch.from_numpy])
+def test_arrays_lists_and_tensors_are_the_same(convert):
+    z, y = predictions((4, 3)).numpy(), labels((4,), 3).numpy()
+    losses = sparse_categorical_crossentropy(convert(y), convert(z), True)
+    want = sparse_categorical_crossentropy(torch.tensor(y), torch.tensor(z), True)
+    assert torch.equal(losses, want)
+
+
+def test_odd_arrays_are_taken_as_they_are():
+    z, y = predictions((4, 3)).numpy(), labels((4,), 3).numpy()
+    want = sparse_categorical_crossentropy(y, z, True)
+    read_only = z.copy()
+    read_only.flags.writeable = False
+    for odd in (z[::-1].copy()[::-1], z.astype(">f4"), np.asfortranarray(z), read_only):
+        assert torch.equal(sparse_categorical_crossentropy(y, odd, True), want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+     (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)  # fmt: skip
+def test_the_result_is_float32_or_float64_and_the_gradient_as_the_predictions(dtype, result):
+    z = predictions((4, 3)).to(dtype).requires_grad_()
+    losses = sparse_categorical_crossentropy(labels((4,), 3), z, True)
+    losses.sum().backward()
+    assert losses.dtype == result and z.grad is not None and z.grad.dtype == dtype
+
+
+Z = torch.zeros
+ERRORS = [
+    # arguments in PyTorch's order
+    ((Z(4, 3), Z(4)), {}, ValueError, r"labels come first here: call loss\(y_true, y_pred\)"),
+    ((Z(2, 5, 3), Z(2, 5)), {}, ValueError, r"as_criterion\(\)\(input, target\)"),
+    ((Z(2, 3, 5), Z(2, 5)), {"axis": 1}, ValueError, "fit in PyTorch's order"),
+    # one-hot labels
+    ((Z(4, 3), Z(4, 3)), {}, ValueError, r"one-hot, pass the class numbers: y_true.argmax\(1\)"),
+    # shapes
+    ((Z(5), Z(4, 3)), {}, ValueError, r"without its class axis, \(4,\), got \(5,\)"),
+    ((Z(1, 4), Z(4, 3)), {}, ValueError, r"got \(1, 4\)"),
+    ((Z(10), Z(2, 5, 3)), {}, ValueError, r"\(2, 5\), got \(10,\)"),
+    ((0, Z(4, 3)), {}, ValueError, r"\(4,\), got \(\)"),
+    ((0, 0.5), {}, ValueError, "y_pred must have a class axis, got a scalar"),
+    # labels
+    (([0, 3, 7, 0], Z(4, 3)), {}, ValueError, r"\[0, 3\), the classes on axis 1 of y_pred, got 3 at position \(1,\) and at 1 other"),
+    (([[0, 1], [9, 0]], Z(2, 2, 3)), {}, ValueError, r"got 9 at position \(1, 0\)\.$"),
+    (([0, -1], Z(2, 3)), {}, ValueError, "If -1 marks samples to leave out, pass ignore_class=-1"),
+    (([0, -100], Z(2, 3)), {}, ValueError, "pass ignore_class=-100"),
+    (([0, 255], Z(2, 3)), {}, ValueError, "pass ignore_class=255"),
+    (([1, 3, 2], Z(3, 3)), {}, ValueError, "The labels seem to start at 1: subtract 1"),
+    (([0.0, np.nan], Z(2, 3)), {}, ValueError, r"got nan at position \(1,\)"),
+    (([0.0, np.inf], Z(2, 3)), {}, ValueError, r"got inf at position \(1,\)"),
+    (([0, 5], Z(2, 3)), {"ignore_class": -1}, ValueError, "got 5 at position"),
+    # axis and classes
+    (([0], Z(1, 3)), {"axis": 2}, ValueError, r"axis must be in \[-2, 2\) for y_pred of shape \(1, 3\), got 2"),
+    (([0], Z(1, 3)), {"axis": -3}, ValueError, "got -3"),
+    (([0], Z(1, 3)), {"axis": "last"}, TypeError, "axis must be an integer, got 'last'"),
+    (([0], Z(1, 0)), {}, ValueError, r"at least one class on axis 1, got shape \(1, 0\)"),
+    # values that are no numbers
+    ((["a"], Z(1, 3)), {}, TypeError, r"y_true must hold numbers, got \['a'\]"),
+    (([0], "abc"), {}, TypeError, "y_pred must hold numbers, got 'abc'"),
+    ((None, Z(1, 3)), {}, TypeError, "y_true must hold numbers, got None"),
+    (([1j], Z(1, 3)), {}, TypeError, "y_true must hold real numbers, got torch.complex128"),
+    (([0], Z(1, 3, dtype=torch.complex64)), {}, TypeError, "y_pred must hold real numbers"),
+    (([0], Z(1, 3, dtype=torch.int64)), {}, TypeError, "y_pred must be float16, .* got torch.int64"),
+    (([0], Z(1, 3).to_sparse()), {}, TypeError, "y_pred must be a dense tensor, got layout"),
+    (([[0, 1], [2]], Z(2, 2, 3)), {}, ValueError, "y_true must be a tensor or convertible"),
+    (([0], Z(1, 3)), {"ignore_class": "void"}, TypeError, "ignore_class must be a number or None, got 'void'"),
+    (([0], Z(1, 3)), {"ignore_class": [1]}, TypeError, r"got \[1\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), ERRORS)
+def test_wrong_input_is_named_with_its_rule_and_value(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        sparse_categorical_crossentropy(*arguments, **options)
+
+
+def test_no_shape_fits_both_orders_of_arguments_unless_there_is_one_class():
+    shapes = [(), (1,), (2,), (3,), (1, 2), (2, 1), (2, 2), (2, 3), (3, 3), (2, 2, 2), (2, 3, 2)]
+    for first in shapes:
+        for second in shapes:
+            fits = []
+            for y_true, y_pred in ((first, second), (second, first)):
+                try:
+                    sparse_categorical_crossentropy(Z(y_true), Z(y_pred))
+                    fits.append(y_pred[-1])
+                except ValueError:
+                    pass
+            assert len(fits) < 2 or 1 in fits, (first, second)

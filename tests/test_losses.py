@@ -1,0 +1,400 @@
+"""The module: tutorials' numbers, options, and life inside PyTorch."""
+
+import copy
+import io
+import pickle
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torch_sce import SparseCategoricalCrossentropy
+
+LOGITS = torch.tensor([[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]])
+LABELS = torch.tensor([2, 1])
+
+
+class TestTutorials:
+    """The numbers printed where people learn this loss."""
+
+    def test_from_logits_and_from_their_softmax(self):
+        logits, y = LOGITS.double(), LABELS
+        by_logits = SparseCategoricalCrossentropy(from_logits=True, dtype="float64")(y, logits)
+        by_softmax = SparseCategoricalCrossentropy(dtype="float64")(y, logits.softmax(-1))
+        assert by_logits.item() == pytest.approx(0.9133191704750061, abs=1e-7)
+        assert by_softmax.item() == pytest.approx(0.9133191704750061, abs=2e-7)
+        single = SparseCategoricalCrossentropy(from_logits=True)(y, LOGITS)
+        assert single.item() == pytest.approx(0.9133191704750061, abs=6e-8)
+
+    @pytest.mark.parametrize(
+        ("y_pred", "value"),
+        [([[0.99, 0, 0.01], [0.03, 0.97, 0], [0.01, 0, 0.99]], 0.016853359),
+         ([[0.9, 0, 0.1], [0.1, 0.9, 0], [0.3, 0, 0.7]], 0.1891321)],
+    )  # fmt: skip
+    def test_three_samples(self, y_pred, value):
+        assert SparseCategoricalCrossentropy()([0, 1, 2], y_pred).item() == pytest.approx(value, abs=1e-7)
+
+    def test_the_examples_of_keras_s_documentation(self):
+        y_true, y_pred = [1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]
+        loss = SparseCategoricalCrossentropy()
+        assert loss(y_true, y_pred).item() == pytest.approx(1.177, abs=5e-4)
+        weighted = loss(y_true, y_pred, sample_weight=[0.3, 0.7])
+        assert weighted.item() == pytest.approx(0.814, abs=5e-4)
+        summed = SparseCategoricalCrossentropy(reduction="sum")(y_true, y_pred)
+        assert summed.item() == pytest.approx(2.354, abs=5e-4)
+        each = SparseCategoricalCrossentropy(reduction=None)(y_true, y_pred)
+        assert each.tolist() == pytest.approx([0.0513, 2.303], abs=5e-4)
+
+
+class TestOptions:
+    def test_the_signature_is_keras_s(self):
+        loss = SparseCategoricalCrossentropy(True, -1, "sum", 1, "mine", "float64")
+        assert loss.get_config() == {
+            "from_logits": True, "ignore_class": -1, "reduction": "sum", "axis": 1, "name": "mine",
+            "dtype": "float64",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"from_logits": True, "ignore_class": 255, "reduction": None, "axis": 1,
+              "name": "x", "dtype": "bfloat16"}],
+    )  # fmt: skip
+    def test_a_config_round_trips(self, options):
+        loss = SparseCategoricalCrossentropy(**options)
+        again = SparseCategoricalCrossentropy.from_config(loss.get_config())
+        assert again.get_config() == loss.get_config()
+        assert repr(again) == repr(loss)
+
+    @pytest.mark.parametrize("given", [
+        None, "float32", torch.float32, np.float32, np.dtype("float32"), "mixed_float32",
+    ])  # fmt: skip
+    def test_float32_may_be_named_in_many_ways(self, given):
+        assert SparseCategoricalCrossentropy(dtype=given).dtype == torch.float32
+
+    def test_a_keras_policy_gives_its_compute_dtype(self):
+        class Policy:
+            compute_dtype = "float16"
+            name = "mixed_float16"
+
+        for given in (Policy(), "mixed_float16"):
+            loss = SparseCategoricalCrossentropy(dtype=given)
+            assert loss.dtype == torch.float16
+            assert loss([0], [[0.5, 0.5]]).dtype == torch.float16
+
+    @pytest.mark.parametrize(("options", "error", "message"), [
+        ({"reduction": "average"}, ValueError,
+         r"reduction must be one of \('sum_over_batch_size', .*\), got 'average'"),
+        ({"reduction": 1}, ValueError, "got 1"),
+        ({"dtype": "foo"}, ValueError, "dtype must be None or one of .* got 'foo'"),
+        ({"dtype": "int32"}, TypeError, "got 'int32'"),
+        ({"dtype": torch.bool}, TypeError, "got torch.bool"),
+        ({"dtype": 3}, ValueError, "got 3"),
+        ({"axis": "a"}, TypeError, "axis must be an integer, got 'a'"),
+        ({"axis": 1.0}, TypeError, "got 1.0"),
+        ({"axis": True}, TypeError, "got True"),
+        ({"ignore_class": "void"}, TypeError, "ignore_class must be a number or None, got 'void'"),
+        ({"ignore_class": 1j}, TypeError, "got 1j"),
+        ({"smoothing": 0.1}, TypeError, "smoothing"),
+    ])  # fmt: skip
+    def test_wrong_options_are_refused_when_the_loss_is_made(self, options, error, message):
+        with pytest.raises(error, match=message):
+            SparseCategoricalCrossentropy(**options)
+
+    def test_a_reduction_set_later_is_checked_when_the_loss_is_called(self):
+        loss = SparseCategoricalCrossentropy()
+        loss.reduction = "bad"
+        with pytest.raises(ValueError, match="reduction must be one of"):
+            loss(LABELS, LOGITS)
+
+    def test_wrong_calls_are_refused_as_by_the_function(self):
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        for y_true, y_pred, error, message in (
+            (LOGITS, LABELS, ValueError, "labels come first here"),
+            (torch.eye(4)[LABELS], LOGITS, ValueError, "one-hot"),
+            ([1, 4], LOGITS, ValueError, "start at 1"),
+            (["cat", "dog"], LOGITS, TypeError, "y_true must hold numbers"),
+            (LABELS, None, TypeError, "y_pred must hold numbers, got None"),
+        ):
+            with pytest.raises(error, match=message):
+                loss(y_true, y_pred)
+
+    def test_a_tensor_on_another_device_is_refused(self):
+        with pytest.raises(ValueError, match=r"y_true must be on y_pred's device, meta, got cpu"):
+            SparseCategoricalCrossentropy()(LABELS, LOGITS.to("meta"))
+
+    def test_the_gradient_comes_back_in_the_predictions_dtype(self):
+        for given in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            for computed in ("float16", "bfloat16", "float32", "float64"):
+                z = LOGITS.clone().to(given).requires_grad_()
+                value = SparseCategoricalCrossentropy(from_logits=True, dtype=computed)(LABELS, z)
+                value.backward()
+                assert value.dtype == getattr(torch, computed)
+                assert z.grad is not None and z.grad.dtype == given
+
+    def test_integer_predictions_are_cast(self):
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        assert torch.equal(loss([0], torch.tensor([[1, 2]])), loss([0], torch.tensor([[1.0, 2.0]])))
+
+
+class TestValuesAtTheEdge:
+    """Rows of Keras's behaviour, as float32 loss and gradient; the live tests ask Keras itself."""
+
+    PROBABILITIES: ClassVar = [
+        ([0.05, 0.95, 0], 0, 2.995732, [-19, 1, 0]),
+        ([0.05, 0.95, 0], 1, 0.05129344, [1, -0.0526317, 0]),
+        ([2, 3, 5], 0, 1.0986123, [0, 0, 0]),
+        ([0.2, 0.3, 0.05], 0, 1.011601, [-3.1818, 1.8182, 1.8182]),
+        ([1, 0, 0], 0, 2.3841855e-07, [0, 0, 0]),
+        ([1, 0, 0], 1, 16.118095, [0, 0, 0]),
+        ([0, 0, 0], 0, 1.0986123, [0, 0, 0]),
+        ([1, 1, 1], 0, 1.0986123, [0, 0, 0]),
+        ([-1, 0.5, 0.5], 0, 16.118095, [0, 1, 1]),
+        ([np.float32(1e-7), np.float32(1 - 1e-7), 0.5], 0, 16.523561, [-9999999, 2 / 3, 2 / 3]),
+        ([np.nan, 0.3, 0.2], 0, np.nan, [0, np.nan, np.nan]),
+        ([np.inf, 0.3, 0.2], 1, 1.609438, [0, -2.6667, 0.6667]),
+        ([-np.inf, 0.3, 0.2], 0, 15.424949, [0, 2, 2]),
+        ([-np.inf, -np.inf, 0], 0, 1.0986123, [0, 0, 0]),
+        ([2, -1, 0.5], 0, 0.40546525, [0, 0, 0.6667]),
+        ([0.3], 0, 0.0, [0]),
+    ]
+    LOGITS: ClassVar = [
+        ([1e4, -1e4, 0], 1, 20000, [1, -1, 0]),
+        ([1e38, -1e38, 0], 1, 2e38, [1, -1, 0]),
+        ([3e38, -3e38, 0], 1, np.inf, [1, -1, 0]),
+        ([3e38, -3e38, 0], 0, 0, [0, 0, 0]),
+        ([-np.inf, 0.3, 0.2], 0, np.inf, [-1, 0.525, 0.475]),
+        ([-np.inf, 0.3, 0.2], 1, 0.6443967, [0, -0.475, 0.475]),
+        ([np.inf, 0, 0], 0, np.nan, [np.nan] * 3),
+        ([np.inf, np.inf, 0], 0, np.nan, [np.nan] * 3),
+        ([-np.inf] * 3, 0, np.nan, [np.nan] * 3),
+        ([np.nan, 0, 0], 1, np.nan, [np.nan] * 3),
+        ([7.0], 0, 0, [0]),
+    ]
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize(("from_logits", "table"), [(False, PROBABILITIES), (True, LOGITS)])
+    def test_rows(self, from_logits, table, compiled):
+        loss = SparseCategoricalCrossentropy(from_logits=from_logits)
+        call = torch.compile(loss, fullgraph=True) if compiled else loss
+        for row, label, value, gradient in table:
+            x = torch.tensor([row], dtype=torch.float32, requires_grad=True)
+            got = call(torch.tensor([label]), x)
+            got.backward()
+            expect = pytest.approx(value, rel=2e-6, abs=6e-8, nan_ok=True)
+            assert got.item() == expect, (row, label)
+            assert x.grad is not None
+            expect = pytest.approx(gradient, rel=1e-4, abs=1e-6, nan_ok=True)
+            assert x.grad[0].tolist() == expect, (row, label)
+
+
+class TestCriterion:
+    def test_it_takes_predictions_first(self):
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        criterion = loss.as_criterion()
+        assert isinstance(criterion, nn.Module)
+        assert torch.equal(criterion(LOGITS, LABELS), loss(LABELS, LOGITS))
+        assert torch.equal(criterion(input=LOGITS, target=LABELS), loss(LABELS, LOGITS))
+        weight, mask = torch.tensor([0.5, 2.0]), torch.tensor([True, False])
+        weighted = criterion(LOGITS, LABELS, weight, mask)
+        assert torch.equal(weighted, loss(LABELS, LOGITS, weight, mask))
+
+    def test_it_pickles_with_its_loss(self):
+        criterion = SparseCategoricalCrossentropy(True, reduction="sum").as_criterion()
+        again = pickle.loads(pickle.dumps(criterion))
+        assert torch.equal(again(LOGITS, LABELS), criterion(LOGITS, LABELS))
+
+
+class TestModule:
+    @pytest.mark.parametrize("copied", [
+        copy.copy, copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss)),
+        lambda loss: loss.to("cpu"), lambda loss: loss.to(torch.float64), lambda loss: loss.eval(),
+        lambda loss: loss.half(),
+    ])  # fmt: skip
+    def test_copies_and_moves_change_nothing(self, copied):
+        loss = SparseCategoricalCrossentropy(True, ignore_class=-1, reduction="sum", name="n")
+        assert copied(loss).get_config() == loss.get_config()
+        assert torch.equal(copied(loss)(LABELS, LOGITS), loss(LABELS, LOGITS))
+
+    def test_it_adds_nothing_to_a_model_s_state(self):
+        loss = SparseCategoricalCrossentropy()
+        assert not list(loss.parameters()) and not list(loss.buffers()) and not loss.state_dict()
+        buffer = io.BytesIO()
+        torch.save(loss, buffer)
+        buffer.seek(0)
+        assert torch.load(buffer, weights_only=False).get_config() == loss.get_config()
+
+    def test_its_repr_names_what_is_not_default(self):
+        assert repr(SparseCategoricalCrossentropy()) == (
+            "SparseCategoricalCrossentropy(from_logits=False)"
+        )
+        loss = SparseCategoricalCrossentropy(True, -1, "sum", 1, "n", "float64")
+        assert repr(loss) == (
+            "SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1, reduction='sum', "
+            "axis=1, name='n', dtype='float64')"
+        )
+
+    def test_no_grad_and_inference_mode_give_the_same_value(self):
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        z = LOGITS.clone().requires_grad_()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                value = loss(LABELS, z)
+            assert not value.requires_grad and torch.equal(value, loss(LABELS, z))
+
+    def test_autocast_leaves_the_loss_in_float32(self):
+        linear, loss = nn.Linear(5, 4), SparseCategoricalCrossentropy(from_logits=True)
+        x = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = linear(x)
+            value = loss(LABELS, logits)
+        assert logits.dtype == torch.bfloat16 and value.dtype == torch.float32
+        assert torch.equal(value, loss(LABELS, logits.float()))
+        value.backward()
+        assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+
+    def test_a_grad_scaler_steps_as_without_one(self):
+        weights = []
+        for enabled in (True, False):
+            torch.manual_seed(0)
+            model = nn.Linear(5, 4)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=1024.0)
+            value = SparseCategoricalCrossentropy(from_logits=True)(LABELS, model(torch.ones(2, 5)))
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            weights.append(model.weight.detach().clone())
+        torch.testing.assert_close(*weights)
+
+    @pytest.mark.parametrize("from_logits", [True, False])
+    def test_derivatives_through_the_module_match_finite_differences(self, from_logits):
+        options = {"from_logits": from_logits, "ignore_class": 0, "dtype": "float64"}
+        y, weight = torch.tensor([[0, 1, 2], [1, 1, 3]]), torch.rand(2, 3, dtype=torch.float64)
+        mask = torch.tensor([[True, True, False], [True, True, True]])
+        x = torch.randn(2, 3, 4, dtype=torch.float64).softmax(-1).requires_grad_()
+        for reduction in ("none", "mean", "mean_with_sample_weight"):
+            loss = SparseCategoricalCrossentropy(reduction=reduction, **options)
+
+            def call(x, weight, loss=loss):
+                return loss(y, x, weight, mask)
+
+            weight.requires_grad_()
+            assert torch.autograd.gradcheck(call, (x, weight))
+            assert torch.autograd.gradgradcheck(call, (x, weight))
+
+    def test_create_graph_gives_second_derivatives(self):
+        z = LOGITS.clone().requires_grad_()
+        value = SparseCategoricalCrossentropy(from_logits=True, reduction="sum")(LABELS, z)
+        (first,) = torch.autograd.grad(value, z, create_graph=True)
+        first.square().sum().backward()
+        p = LOGITS.softmax(-1)
+        slope = p - torch.eye(4)[LABELS]
+        want = 2 * p * (slope - (slope * p).sum(-1, keepdim=True))
+        torch.testing.assert_close(z.grad, want)
+
+    def test_per_sample_gradients_by_vmap(self):
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        per_sample = torch.func.vmap(torch.func.grad(lambda z, y: loss(y, z)))(LOGITS, LABELS)
+        torch.testing.assert_close(per_sample, LOGITS.softmax(-1) - torch.eye(4)[LABELS])
+
+    def test_meta_and_fake_tensors_give_shapes(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        loss = SparseCategoricalCrossentropy(from_logits=True, reduction="none", ignore_class=-1)
+        assert loss(LABELS.to("meta"), LOGITS.to("meta")).shape == (2,)
+        with FakeTensorMode():
+            z = torch.empty(2, 4, requires_grad=True)
+            value = loss(torch.zeros(2, dtype=torch.int64), z)
+            value.sum().backward()
+        assert value.shape == (2,) and z.grad is not None and z.grad.shape == (2, 4)
+
+
+class TestCompiler:
+    """Full graphs, one for all sizes."""
+
+    def setup_method(self):
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize("from_logits", [True, False])
+    @pytest.mark.parametrize("options", [
+        {}, {"reduction": "none", "ignore_class": -1}, {"reduction": "mean_with_sample_weight"},
+    ])  # fmt: skip
+    def test_compiled_values_and_gradients_are_the_eager_ones(self, from_logits, options):
+        loss = SparseCategoricalCrossentropy(from_logits=from_logits, **options)
+        compiled = torch.compile(loss, fullgraph=True)
+        y = torch.randint(0, 5, (6, 4))
+        if "ignore_class" in options:
+            y[1, 2] = -1
+        weight, mask = torch.rand(6, 1), torch.rand(6, 4) < 0.7
+        x = torch.randn(6, 4, 5).softmax(-1)
+        results = []
+        for call in (loss, compiled):
+            leaf = x.clone().requires_grad_()
+            value = call(y, leaf, weight, mask)
+            value.sum().backward()
+            results.append((value.detach(), leaf.grad))
+        torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("from_logits", [True, False])
+    def test_new_sizes_compile_no_more_than_once(self, from_logits):
+        """The first call may be for its sizes alone; the second is for all."""
+        loss = SparseCategoricalCrossentropy(from_logits=from_logits, ignore_class=-1)
+        graphs = []
+
+        def count(graph, _inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(loss, fullgraph=True, backend=count)
+        for b, t, c in ((3, 4, 5), (6, 7, 8), (9, 2, 11), (2, 31, 17), (5, 6, 64)):
+            x = torch.rand(b, t, c, requires_grad=True)
+            y = torch.randint(0, c, (b, t))
+            got, want = compiled(y, x, torch.ones(b, 1)), loss(y, x, torch.ones(b, 1))
+            torch.testing.assert_close(got, want)
+        assert len(graphs) <= 2
+        graphs.clear()
+        torch.compiler.reset()
+        dynamic = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
+        for b, t, c in ((3, 4, 5), (6, 7, 8), (9, 2, 11)):
+            dynamic(torch.randint(0, c, (b, t)), torch.rand(b, t, c))
+        assert len(graphs) == 1
+
+    def test_the_function_compiles_too(self):
+        from torch_sce import sparse_categorical_crossentropy
+
+        compiled = torch.compile(sparse_categorical_crossentropy, fullgraph=True)
+        z = torch.randn(2, 3, 4, 5, requires_grad=True)
+        y = torch.randint(0, 3, (2, 4, 5))
+        got = compiled(y, z, True, axis=1)
+        want = sparse_categorical_crossentropy(y, z, True, axis=1)
+        torch.testing.assert_close(got, want)
+        (a,), (b,) = (torch.autograd.grad(v.sum(), z) for v in (got, want))
+        torch.testing.assert_close(a, b)
+
+    def test_a_bad_label_gives_nan_in_its_row_when_compiled(self):
+        loss = SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        z = LOGITS.clone().requires_grad_()
+        losses = torch.compile(loss, fullgraph=True)(torch.tensor([7, 1]), z)
+        losses[1].backward(retain_graph=True)
+        assert losses.isnan().tolist() == [True, False]
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_it_exports_with_dynamic_sizes(self, strict):
+        class Step(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.loss = SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+
+            def forward(self, y, z):
+                return self.loss(y, z)
+
+        sizes = {0: torch.export.Dim("b", min=2), 1: torch.export.Dim("t", min=2)}
+        y, z = torch.randint(0, 5, (3, 4)), torch.randn(3, 4, 5)
+        exported = torch.export.export(
+            Step(), (y, z), dynamic_shapes={"y": sizes, "z": sizes}, strict=strict
+        )
+        y, z = torch.randint(0, 5, (6, 7)), torch.randn(6, 7, 5)
+        y[2, 3] = -1
+        torch.testing.assert_close(exported.module()(y, z), Step()(y, z))

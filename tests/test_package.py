@@ -1,0 +1,38 @@
+"""What a user gets with the package before any loss is computed."""
+
+import subprocess
+import sys
+from importlib import metadata, resources
+
+import torch_sce
+
+HEAVY = ("tensorflow", "keras", "tf_keras", "jax", "triton", "torchmetrics", "matplotlib", "rich")
+
+
+def test_importing_loads_nothing_heavier_than_torch():
+    program = f"""
+import sys, torch, numpy
+before = set(sys.modules)
+import torch_sce
+new = {{name.split('.')[0] for name in set(sys.modules) - before}}
+assert new <= {{"numpy", "torch_sce"}} | sys.stdlib_module_names, new
+assert not set({HEAVY}) & set(sys.modules), sys.modules.keys()
+assert not [m for m in sys.modules if m.startswith("torch_sce.crosscheck")]
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_the_installed_one():
+    assert torch_sce.__version__ == metadata.version("torch-sce")
+
+
+def test_the_package_is_typed():
+    assert resources.files("torch_sce").joinpath("py.typed").is_file()
+
+
+def test_the_public_names_are_keras_s():
+    assert sorted(torch_sce.__all__) == [
+        "SparseCategoricalCrossentropy",
+        "sparse_categorical_crossentropy",
+    ]

@@ -21,7 +21,9 @@ def keras() -> Iterator[LiveOracle]:
 def ask(keras: LiveOracle) -> Callable[..., Answer]:
     """`ask(y_true, y_pred, sample_weight, mask, **options)`: what tf.keras answers."""
 
-    def call(y_true, y_pred, sample_weight=None, mask=None, upstream=None, **options: Any) -> Answer:
+    def call(
+        y_true, y_pred, sample_weight=None, mask=None, upstream=None, **options: Any
+    ) -> Answer:
         case = make_case(y_true, y_pred, sample_weight, mask, upstream, **options)
         return next(keras.answers([case]))
 
@@ -39,7 +41,8 @@ def make_case(
     if upstream is None:
         upstream = np.ones(max(1, y_pred.size) ** 2 + 16, np.float32)
     return Case(
-        seed=0, index=0, form=form, options=defaults | options, y_true=np.asarray(y_true), y_pred=y_pred,
+        seed=0, index=0, form=form, options=defaults | options,
+        y_true=np.asarray(y_true), y_pred=y_pred,
         y_pred_dtype=str(y_pred.dtype), sample_weight=sample_weight,
         mask=None if mask is None else np.asarray(mask), as_lists=False,
         upstream=np.asarray(upstream), features={},

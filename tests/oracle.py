@@ -53,7 +53,9 @@ def loss(y_true, y_pred, sample_weight=None, mask=None, *, reduction="sum_over_b
     axis = options.get("axis", -1)
     each, slopes, counts = losses(y_true, y_pred, mask=mask, **options)
     masked = mask is not None or options.get("ignore_class") is not None
-    weights = np.ones(each.shape) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    weights = (
+        np.ones(each.shape) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    )
     weights_sum = (weights * counts).sum() if masked else weights.sum()
     factor = np.broadcast_to(weights, each.shape) * counts
     if reduction not in ("none", None):

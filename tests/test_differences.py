@@ -103,7 +103,7 @@ def test_labels_are_never_rounded_to_the_loss_s_dtype(ask, dtype, label):
 
 
 def test_sums_in_half_precision_do_not_overflow(ask):
-    y, z = np.zeros(10_000, np.int64), np.tile(np.float32([0, 7]), (10_000, 1))
+    y, z = np.zeros(10_000, np.int64), np.tile(np.array([0, 7], np.float32), (10_000, 1))
     options = {"from_logits": True, "dtype": "float16"}
     assert np.isinf(ask(y, z, **options).value)
     assert value(y, z, **options) == pytest.approx(7.0, abs=4e-3)

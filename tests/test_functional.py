@@ -166,7 +166,8 @@ ERRORS = [
     ((0, Z(4, 3)), {}, ValueError, r"\(4,\), got \(\)"),
     ((0, 0.5), {}, ValueError, "y_pred must have a class axis, got a scalar"),
     # labels
-    (([0, 3, 7, 0], Z(4, 3)), {}, ValueError, r"\[0, 3\), the classes on axis 1 of y_pred, got 3 at position \(1,\) and at 1 other"),
+    (([0, 3, 7, 0], Z(4, 3)), {}, ValueError, 
+     r"\[0, 3\), the classes on axis 1 of y_pred, got 3 at position \(1,\) and at 1 other"),
     (([[0, 1], [9, 0]], Z(2, 2, 3)), {}, ValueError, r"got 9 at position \(1, 0\)\.$"),
     (([0, -1], Z(2, 3)), {}, ValueError, "If -1 marks samples to leave out, pass ignore_class=-1"),
     (([0, -100], Z(2, 3)), {}, ValueError, "pass ignore_class=-100"),
@@ -176,7 +177,8 @@ ERRORS = [
     (([0.0, np.inf], Z(2, 3)), {}, ValueError, r"got inf at position \(1,\)"),
     (([0, 5], Z(2, 3)), {"ignore_class": -1}, ValueError, "got 5 at position"),
     # axis and classes
-    (([0], Z(1, 3)), {"axis": 2}, ValueError, r"axis must be in \[-2, 2\) for y_pred of shape \(1, 3\), got 2"),
+    (([0], Z(1, 3)), {"axis": 2}, ValueError,
+     r"axis must be in \[-2, 2\) for y_pred of shape \(1, 3\), got 2"),
     (([0], Z(1, 3)), {"axis": -3}, ValueError, "got -3"),
     (([0], Z(1, 3)), {"axis": "last"}, TypeError, "axis must be an integer, got 'last'"),
     (([0], Z(1, 0)), {}, ValueError, r"at least one class on axis 1, got shape \(1, 0\)"),
@@ -186,10 +188,12 @@ ERRORS = [
     ((None, Z(1, 3)), {}, TypeError, "y_true must hold numbers, got None"),
     (([1j], Z(1, 3)), {}, TypeError, "y_true must hold real numbers, got torch.complex128"),
     (([0], Z(1, 3, dtype=torch.complex64)), {}, TypeError, "y_pred must hold real numbers"),
-    (([0], Z(1, 3, dtype=torch.int64)), {}, TypeError, "y_pred must be float16, .* got torch.int64"),
+    (([0], Z(1, 3, dtype=torch.int64)), {}, TypeError,
+     r"y_pred must be float16, .* got torch\.int64"),
     (([0], Z(1, 3).to_sparse()), {}, TypeError, "y_pred must be a dense tensor, got layout"),
     (([[0, 1], [2]], Z(2, 2, 3)), {}, ValueError, "y_true must be a tensor or convertible"),
-    (([0], Z(1, 3)), {"ignore_class": "void"}, TypeError, "ignore_class must be a number or None, got 'void'"),
+    (([0], Z(1, 3)), {"ignore_class": "void"}, TypeError,
+     "ignore_class must be a number or None, got 'void'"),
     (([0], Z(1, 3)), {"ignore_class": [1]}, TypeError, r"got \[1\]"),
 ]  # fmt: skip
 

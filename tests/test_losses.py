@@ -34,7 +34,9 @@ class TestTutorials:
          ([[0.9, 0, 0.1], [0.1, 0.9, 0], [0.3, 0, 0.7]], 0.1891321)],
     )  # fmt: skip
     def test_three_samples(self, y_pred, value):
-        assert SparseCategoricalCrossentropy()([0, 1, 2], y_pred).item() == pytest.approx(value, abs=1e-7)
+        assert SparseCategoricalCrossentropy()([0, 1, 2], y_pred).item() == pytest.approx(
+            value, abs=1e-7
+        )
 
     def test_the_examples_of_keras_s_documentation(self):
         y_true, y_pred = [1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]

@@ -11,25 +11,30 @@ import operator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .kernels import IGNORED, row_losses
+
+ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
 
 EPSILON = 1e-7  # keras.config.epsilon(): probabilities are clipped to [EPSILON, 1 - EPSILON]
 HALVES = (torch.float16, torch.bfloat16)
 
 # The two bounds as each dtype rounds them, as Keras clips in the dtype it computes in.
 CLIP = {
-    dtype: (torch.tensor(EPSILON, dtype=dtype).item(), torch.tensor(1 - EPSILON, dtype=dtype).item())
+    dtype: (
+        torch.tensor(EPSILON, dtype=dtype).item(),
+        torch.tensor(1 - EPSILON, dtype=dtype).item(),
+    )
     for dtype in (*HALVES, torch.float32, torch.float64)
 }
 
 
 def sparse_categorical_crossentropy(
-    y_true: Tensor | ArrayLike,
-    y_pred: Tensor | ArrayLike,
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
     from_logits: bool = False,
     ignore_class: float | None = None,
     axis: int = -1,
@@ -229,9 +234,7 @@ def sample_losses(
     return losses.reshape(labels.shape)
 
 
-def check_range(
-    labels: Tensor, y: Tensor, counted: Tensor | None, classes: int, axis: int
-) -> None:
+def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int, axis: int) -> None:
     """Raises for a label outside [0, classes), where reading the labels costs no wait.
 
     That is on the CPU in eager mode. Elsewhere the kernels turn such a sample into NaN.

@@ -52,7 +52,8 @@ def reduce(
     # Each entry of the mask stands for as many samples as it is broadcast to.
     share = losses.numel() / max(mask.numel(), 1)
     count = mask.to(losses.dtype).sum() * share
-    return torch.where(count == 0, total * 0, _ratio(total, count))  # a NaN weight shows, as in Keras
+    # Where nothing counts, a NaN weight still shows, as it does in Keras.
+    return torch.where(count == 0, total * 0, _ratio(total, count))
 
 
 def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -72,7 +73,8 @@ def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     while value.ndim > max(rank, 1) and value.shape[0] == 1:
         value = value.squeeze(0)
     fits = value.ndim <= rank and all(
-        have in (1, want) for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
+        have in (1, want)
+        for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
     )
     # (B,) on (B, T) is meant per sample, but would broadcast along T if B == T.
     leads = 0 < value.ndim < rank and tuple(value.shape) == tuple(shape[: value.ndim])

@@ -122,7 +122,9 @@ class LiveOracle:
         code = self.process.wait()
         last = b"".join(self.log).decode(errors="replace").strip().splitlines()[-5:]
         return OracleError(
-            "\n".join([f"the oracle {self.name} crashed with exit code {code}; it last said:", *last])
+            "\n".join(
+                [f"the oracle {self.name} crashed with exit code {code}; it last said:", *last]
+            )
         )
 
     def _read_replies(self) -> None:
@@ -185,7 +187,8 @@ class RecordedOracle:
                     f"case {case.index} of --seed {case.seed} is not the one that was recorded: "
                     "NumPy draws other numbers, or the cases have changed; record again"
                 )
-            yield Answer(**fields, **{key: self._array(*where) for key, where in arrays.items()})
+            found: dict[str, Any] = {key: self._array(*where) for key, where in arrays.items()}
+            yield Answer(**fields, **found)
 
     def _array(self, dtype: str, start: int, shape: list[int]) -> np.ndarray:
         return self.flat[dtype][start : start + int(np.prod(shape))].reshape(shape)
@@ -210,9 +213,11 @@ def record(
                 fields[key] = value
         entries.append([case.fingerprint, fields, arrays])
     about = {"seed": cases[0].seed, "versions": versions, "entries": entries}
-    text = np.frombuffer(json.dumps(about, separators=(",", ":")).encode(), np.uint8)
     np.savez_compressed(
-        path, about=text, **{k: np.concatenate([*v, np.empty(0, k)]) for k, v in flat.items()}
+        path,
+        about=np.frombuffer(json.dumps(about, separators=(",", ":")).encode(), np.uint8),
+        float32=np.concatenate([*flat["float32"], np.empty(0, np.float32)]),
+        float64=np.concatenate([*flat["float64"], np.empty(0, np.float64)]),
     )
 
 

@@ -131,7 +131,7 @@ def _predictions(rng, features, from_logits, loss_shape, classes) -> np.ndarray:
     logits = rng.standard_normal(shape)
     if from_logits:
         kind = _pick(rng, {"normal": 8, "wide": 6, "with an offset": 3, "huge": 1, "equal": 1,
-                           "with -inf": 1.5, "with inf": 1, "with nan": 1, "zeros": 0.5})  # fmt: skip
+                           "with -inf": 2, "with inf": 1, "with nan": 1, "zeros": 1})  # fmt: skip
         if kind == "wide":
             logits *= rng.choice([5.0, 20.0, 100.0])
         elif kind == "with an offset":
@@ -254,8 +254,9 @@ def _labels(rng, features, loss_shape, classes) -> tuple[np.ndarray, Any]:
 
 
 def _label_shape(rng, features, labels, axis) -> np.ndarray:
-    kind = _pick(rng, {"plain": 20, "trailing 1": 7, "two trailing 1": 1, "1 at the class axis": 1,
-                       "flat": 0.7, "leading 1": 0.5, "scalar": 0.3, "one too many": 0.3})  # fmt: skip
+    kind = _pick(rng, {"plain": 20, "trailing 1": 7, "two trailing 1": 1,
+                       "1 at the class axis": 1, "flat": 0.7, "leading 1": 0.5, "scalar": 0.3,
+                       "one too many": 0.3})  # fmt: skip
     features["shape of y_true"] = kind
     if kind == "trailing 1":
         return labels[..., None]

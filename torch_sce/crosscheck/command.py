@@ -59,9 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 all cases agree or differ on purpose, 1 a mismatch, 2 wrong usage, "
         "3 the oracle is missing or has crashed.",
     )
-    parser.add_argument("--cases", type=_positive, default=CASES, help="how many to draw (%(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="what to draw them from (%(default)s)")
-    parser.add_argument("--case", type=int, metavar="NUMBER", help="this one alone, with all details")
+    parser.add_argument(
+        "--cases", type=_positive, default=CASES, help="how many to draw (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="what to draw them from (%(default)s)"
+    )
+    parser.add_argument(
+        "--case", type=int, metavar="NUMBER", help="this one alone, with all details"
+    )
     parser.add_argument(
         "--filter", action="append", default=[], metavar="'FEATURE: VALUE'",
         help="only cases with this feature, as the table names it; may be given more than once",

@@ -70,7 +70,11 @@ def differs(a: Answer, b: Answer, right: Expected | None, case: Case) -> str | N
     if a.gradient is None or b.gradient is None:
         return None if a.gradient is b.gradient else "only one has a gradient"
     bound = _gradient_bound(right, case)
-    return None if _close(a.gradient, b.gradient, bound) else f"gradient {_worst(a.gradient, b.gradient)}"
+    return (
+        None
+        if _close(a.gradient, b.gradient, bound)
+        else f"gradient {_worst(a.gradient, b.gradient)}"
+    )
 
 
 def differs_from_reference(ours: Answer, right: Expected | None, case: Case) -> str | None:

@@ -165,7 +165,9 @@ def _from_logits(z: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     loss = (np.log(s) + gap)[..., 0]
     reach = np.where(e == 0, 0, distance)
     sums = GROWTH * np.sqrt(z.shape[-1]) + SLACK
-    loss_scale = (sums + 2 * (share * reach).sum(-1, keepdims=True) + 2 * np.log(s) + 2 * gap)[..., 0]
+    loss_scale = (sums + 2 * (share * reach).sum(-1, keepdims=True) + 2 * np.log(s) + 2 * gap)[
+        ..., 0
+    ]
     slope_scale = share * (2 * reach + 2 * (share * reach).sum(-1, keepdims=True) + sums)
     slope_scale = slope_scale + 2 * LEAST[dtype] / UNIT[dtype]  # exp may flush its result to zero
     return _Rows(loss, loss_scale, share - label, slope_scale + SLACK * label, share + label)
@@ -184,7 +186,9 @@ def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     sums = GROWTH * np.sqrt(q.shape[-1]) + SLACK
     weighted = 2 * (c / s * depth).sum(-1, keepdims=True)
     deepest = depth.max(-1, keepdims=True)
-    loss_scale = (sums + weighted + 2 * deepest + 2 * np.abs(np.log(s)) - 2 * np.log(at_label))[..., 0]
+    loss_scale = (sums + weighted + 2 * deepest + 2 * np.abs(np.log(s)) - 2 * np.log(at_label))[
+        ..., 0
+    ]
     slope = np.where(inside, 1 / s - label / c, 0)
     size = np.where(inside, 1 / s + label / c, 0)
     slope = np.where(np.isnan(s) & inside, np.nan, slope)
@@ -194,7 +198,7 @@ def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
 
 def _rounded(value: float, dtype: str) -> float:
     if dtype == "bfloat16":
-        return float(to_bfloat16(np.float32(value)))
+        return float(to_bfloat16(np.array(value, np.float32)))
     return float(np.dtype(dtype).type(value))
 
 
@@ -211,7 +215,10 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         scale = rows.loss_scale * np.abs(each) + SLACK * np.abs(value)
         size = np.maximum(np.abs(loss), 1) * np.abs(each)
     else:
-        divisor, upstream = _divisor(loss, weight, mask, factor, reduction), case.upstream[:1].item()
+        divisor, upstream = (
+            _divisor(loss, weight, mask, factor, reduction),
+            case.upstream[:1].item(),
+        )
         total = (loss * each).sum().astype(wide).astype(np.float64)
         value = _divide(total, divisor)
         if divisor == 0 and reduction != "mean_with_sample_weight":
@@ -245,7 +252,7 @@ def _factor(weight, mask, reduction):
 
 def _divisor(loss, weight, mask, factor, reduction) -> float:
     given = [part.ndim for part in (weight, mask) if part is not None]
-    if reduction == "sum" or loss.ndim == 0 and (mask is None or "weight" in reduction):
+    if reduction == "sum" or (loss.ndim == 0 and (mask is None or "weight" in reduction)):
         return 1.0
     if reduction == "mean_with_sample_weight" and given:
         unreduced = loss.shape == (1,) and 0 in given

@@ -284,7 +284,8 @@ td, th { padding: .18rem .6rem; vertical-align: top; } td { border-bottom: 1px s
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 tr.first td { border-top: 2px solid #c9d0d6; }
 .bar { display: flex; width: 11rem; height: .8rem; margin-top: .35rem; background: #eee; }
-.agrees { background: #2f7d4f; } .deliberate { background: #d9b44a; } .mismatch { background: #c62828; }
+.agrees { background: #2f7d4f; } .deliberate { background: #d9b44a; }
+.mismatch { background: #c62828; }
 .key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem; }
 code { background: #f2f4f6; padding: .1rem .3rem; border-radius: 3px; } img { max-width: 100%; }
 small { color: #57606a; }
@@ -299,7 +300,8 @@ $mismatches
 float32's spacing at the size of what is added up. Below the diagonal our answer is the nearer one.
 $errors</p>
 <img alt="error of both against float64" src="data:image/png;base64,$scatter">
-<img alt="share of cases below an error; error by number of classes" src="data:image/png;base64,$curves">
+<img alt="share of cases below an error; error by number of classes"
+ src="data:image/png;base64,$curves">
 <h2>Where we differ on purpose</h2>
 <table><tr><th>where<th>tf.keras<th>here<th class="n">cases</tr>$deliberate</table>
 <h2>Cases by feature</h2>
@@ -326,7 +328,8 @@ def to_html(results: Results) -> str:
         scatter=scatter,
         curves=curves,
         mismatches="".join(
-            f"<p><b>Mismatch:</b> {html.escape(v.reason)}<br><code>{results.reproduce(v.case)}</code></p>"
+            f"<p><b>Mismatch:</b> {html.escape(v.reason)}<br>"
+            f"<code>{results.reproduce(v.case)}</code></p>"
             for v in results.mismatches
         ),
         deliberate="".join(
@@ -346,10 +349,10 @@ def _feature_rows(results: Results) -> Iterator[str]:
                 for key in (AGREES, DELIBERATE, MISMATCH)
                 if row.outcomes[key]
             )
-            numbers = [row.cases, *(row.outcomes[key] or "" for key in (AGREES, DELIBERATE, MISMATCH)),
-                       *(_number(_worst(row, who)) for who in WHO)]  # fmt: skip
+            outcomes = [row.outcomes[key] or "" for key in (AGREES, DELIBERATE, MISMATCH)]
+            numbers = [row.cases, *outcomes, *(_number(_worst(row, who)) for who in WHO)]
             yield (
-                f'<tr{"" if index else " class=first"}><td>{"" if index else html.escape(feature)}'
+                f"<tr{'' if index else ' class=first'}><td>{'' if index else html.escape(feature)}"
                 f'<td>{html.escape(value)}<td><div class="bar">{bar}</div>'
                 + "".join(f'<td class="n">{number}' for number in numbers)
                 + "</tr>"
@@ -400,10 +403,14 @@ def _plots(results: Results) -> tuple[str, str]:
         heights = [max(v.ulps[key], exact) for v in found]
         panels[1].scatter(classes, heights, s=9, alpha=0.4, color=color, label=label,
                           edgecolors="none")  # fmt: skip
-    panels[0].set(xscale="log", xlabel="error [ulp]", ylabel="share of cases with at most this error",
-                  title="All float32 cases")  # fmt: skip
-    panels[1].set(xscale="log", yscale="log", xlabel="classes", ylabel="error of the gradient [ulp]",
-                  title="The error grows with the sums")  # fmt: skip
+    panels[0].set(
+        xscale="log", title="All float32 cases", xlabel="error [ulp]",
+        ylabel="share of cases with at most this error",
+    )  # fmt: skip
+    panels[1].set(
+        xscale="log", yscale="log", title="The error of the gradient grows with the sums",
+        xlabel="classes", ylabel="error [ulp]",
+    )  # fmt: skip
     for panel in panels:
         panel.legend(frameon=False, fontsize=9)
     curves = _png(figure)

@@ -67,22 +67,22 @@ class _RowLosses(torch.autograd.Function):
         ctx.save_for_forward(z, y)
 
     @staticmethod
-    def backward(ctx, g, _m, _s):
-        z, y, m, s = ctx.saved_tensors
+    def backward(ctx, *upstream):
+        g, (z, y, m, s) = upstream[0], ctx.saved_tensors
         if _needs_expression(g):
             return _differentiable_gradients(g, z, y, ctx.clip), None, None
         return aten.backward(g, z, y, m, s, ctx.clip), None, None
 
     @staticmethod
-    def jvp(ctx, z_tangent, _y, _clip):
+    def jvp(ctx, *tangents):
         z, y = ctx.saved_tensors
         one = torch.ones_like(y, dtype=aten.row_dtype(z))
-        return (_differentiable_gradients(one, z, y, ctx.clip) * z_tangent).sum(1), None, None
+        return (_differentiable_gradients(one, z, y, ctx.clip) * tangents[0]).sum(1), None, None
 
     @staticmethod
-    def vmap(info, in_dims, z, y, clip):
+    def vmap(info, in_dims, *inputs):
         """More rows: the mapped axis joins the first one."""
-        size, (z_dim, y_dim, _) = info.batch_size, in_dims
+        (z, y, clip), (z_dim, y_dim, _), size = inputs, in_dims, info.batch_size
         z = z.expand(size, *z.shape) if z_dim is None else z.movedim(z_dim, 0)
         y = y.expand(size, *y.shape) if y_dim is None else y.movedim(y_dim, 0)
         outputs = _RowLosses.apply(z.flatten(0, 1), y.flatten(0, 1), clip)
@@ -97,7 +97,7 @@ def _needs_expression(g: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(g)
+        or torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore[reportAttributeAccessIssue] no stub
     )
 
 

@@ -1,0 +1,39 @@
+"""The README: its snippets run and print what they say, its figures are those of a run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_crosscheck import MUTATIONS
+
+from torch_sce.crosscheck.command import CASES, main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_a_snippet_prints_what_it_says(snippet):
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    promised = re.findall(r"print\(.*\)  # (.*)", snippet)
+    assert promised and done.stdout.splitlines() == promised
+
+
+def test_both_sides_of_the_first_screen_print_the_same_number():
+    keras, ours = (re.findall(r"print\(.*\)  # (.*)", snippet) for snippet in SNIPPETS[:2])
+    assert "tf.keras" in SNIPPETS[0] and "torch_sce" in SNIPPETS[1] and keras == ours
+    assert README.index(SNIPPETS[1]) < 1500
+
+
+def test_its_figures_are_those_of_the_recorded_run(capsys):
+    assert main(["--oracle", "recorded"]) == 0
+    printed = capsys.readouterr().out
+    (block,) = re.findall(r"```\n(Error of the value.*?)\n```", README, re.DOTALL)
+    for line in block.splitlines():
+        without_time = re.sub(r" \(\d+ s\)\.$", "", line)
+        assert without_time in printed
+    assert f"{CASES} random questions" in README
+    assert f"{len(MUTATIONS)} deliberate mutations" in re.sub(r"\s+", " ", README)

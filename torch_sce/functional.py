@@ -92,7 +92,7 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
                 f"{name} must be on y_pred's device, {like.device}, got {value.device}: "
                 f"move it with {name}.to({str(like.device)!r})"
             )
-        tensor = value
+        tensor = value if like is None else value.to(like.device)  # moves scalars alone
     else:
         device = None if like is None else like.device
         if isinstance(value, bool | int | float) and abs(value) < 2**63:
@@ -209,10 +209,10 @@ def class_numbers(labels: Tensor) -> Tensor:
         wide = labels.float() if labels.dtype in HALVES else labels
         # NaN, infinities and numbers beyond int64 have no defined conversion.
         return wide.nan_to_num(nan=-1.0).clamp(-(2.0**40), 2.0**40).long()
-    numbers_ = labels.long()
+    found = labels.long()
     if labels.dtype == torch.uint64:  # past 2^63 they come out negative, and might look like -1
-        return torch.where(numbers_ < 0, 2**62, numbers_)
-    return numbers_
+        return torch.where(found < 0, 2**62, found)
+    return found
 
 
 def sample_losses(

@@ -154,6 +154,16 @@ def test_the_reference_gives_our_answer_in_every_case(recorded):
         assert differs_from_reference(ours(case), reference(case)[0], case) is None, case.index
 
 
+def test_where_labels_are_not_read_bad_ones_give_nan_and_nothing_else_changes(
+    recorded, monkeypatch
+):
+    """What `--device cuda` expects, on the CPU with the reading of labels turned off."""
+    monkeypatch.setattr("torch_sce.functional.check_range", lambda *arguments: None)
+    verdicts = [judge(case, answer, ours(case), poisons=True) for case, answer in recorded]
+    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+    assert sum(v.reason == "bad labels on a device" for v in verdicts) > 20
+
+
 @pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_with_sample_weight"])
 def test_the_reference_equals_the_oracle(from_logits, reduction):

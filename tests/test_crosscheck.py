@@ -13,7 +13,7 @@ import pytest
 from conftest import make_case
 
 import torch_sce
-from torch_sce.crosscheck import command
+from torch_sce.crosscheck import command, report
 from torch_sce.crosscheck.answers import LiveOracle, OracleError, RecordedOracle, ours
 from torch_sce.crosscheck.cases import draw, to_bfloat16
 from torch_sce.crosscheck.command import (
@@ -204,7 +204,7 @@ class TestCommand:
     def test_agreement_is_exit_code_0(self, capsys):
         code, out = self.run(capsys, "--cases", "60", "--oracle", "recorded")
         assert code == AGREEMENT == 0
-        assert "60 cases of --seed 0" in out and "0 mismatches" in out
+        assert "60 of the cases of --seed 0" in out and "0 mismatches" in out
         assert re.search(r"ours median [\d.]+, mean [\d.]+, largest [\d.]+", out)
 
     @pytest.mark.filterwarnings("default")
@@ -220,12 +220,22 @@ class TestCommand:
         (first, *_) = re.findall(r"python scripts/cross_check.py (--seed 0 --case \d+)", out)
         code, out = self.run(capsys, *first.split(), "--oracle", "recorded")
         assert code == DISAGREEMENT
-        for part in ("y_true int", "y_pred, float", "\ntf.keras", "\nours", "\nin float64"):
+        for part in (
+            "y_true, ",
+            "y_pred, float",
+            "\ntf.keras",
+            "\nours",
+            "\nin float64",
+            "Mismatch",
+        ):
             assert part in out
 
     @pytest.mark.parametrize("arguments", [
         ["--cases", "0"], ["--cases", "many"], ["--oracle", "pytorch"], ["--unknown"],
         ["--cases", "20", "--filter", "reduction: product"], ["--device", "cuda:99"],
+        ["--cases", "20", "--filter", "reduction: sum", "--filter", "reduction: mean"],
+        ["--case", "3", "--filter", "reduction: sum"], ["--case", "-3"], ["--seed", "-1"],
+        ["--device", "gpu"], ["--json", "/no/such/folder/x.json"],
         ["--record", "x.npz", "--oracle", "recorded"],
     ])  # fmt: skip
     def test_wrong_usage_is_exit_code_2(self, arguments, capsys):
@@ -253,6 +263,13 @@ class TestCommand:
         code, out = self.run(capsys, "--cases", "5")
         assert code == NO_ORACLE == 3
         assert message in out
+
+    def test_a_single_case_says_what_came_of_it(self, capsys, recorded):
+        outcomes = {report._outcome(judge(c, a, ours(c))): c.index for c, a in recorded[:300]}
+        for wanted in ("Agrees in value", "Agrees: both raise", "Differs on purpose: "):
+            index = next(index for text, index in outcomes.items() if text.startswith(wanted))
+            code, out = self.run(capsys, "--case", str(index), "--oracle", "recorded")
+            assert code == AGREEMENT and wanted in out
 
     def test_cases_that_were_not_recorded_are_exit_code_3(self, capsys):
         code, out = self.run(capsys, "--seed", "9", "--cases", "5", "--oracle", "recorded")

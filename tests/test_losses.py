@@ -65,12 +65,16 @@ class TestOptions:
     )  # fmt: skip
     def test_a_config_round_trips(self, options):
         loss = SparseCategoricalCrossentropy(**options)
+        serialized = {"class_name": "SparseCategoricalCrossentropy", "config": loss.get_config()}
+        again = SparseCategoricalCrossentropy.from_config(serialized)
+        assert again.get_config() == loss.get_config()
         again = SparseCategoricalCrossentropy.from_config(loss.get_config())
         assert again.get_config() == loss.get_config()
         assert repr(again) == repr(loss)
 
     @pytest.mark.parametrize("given", [
         None, "float32", torch.float32, np.float32, np.dtype("float32"), "mixed_float32",
+        "torch.float32", "float",
     ])  # fmt: skip
     def test_float32_may_be_named_in_many_ways(self, given):
         assert SparseCategoricalCrossentropy(dtype=given).dtype == torch.float32
@@ -98,6 +102,8 @@ class TestOptions:
         ({"axis": True}, TypeError, "got True"),
         ({"ignore_class": "void"}, TypeError, "ignore_class must be a number or None, got 'void'"),
         ({"ignore_class": 1j}, TypeError, "got 1j"),
+        ({"from_logits": "False"}, TypeError, "from_logits must be True or False, got 'False'"),
+        ({"from_logits": LABELS}, TypeError, "options go to the loss"),
         ({"smoothing": 0.1}, TypeError, "smoothing"),
     ])  # fmt: skip
     def test_wrong_options_are_refused_when_the_loss_is_made(self, options, error, message):

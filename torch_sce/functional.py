@@ -72,6 +72,7 @@ def sparse_categorical_crossentropy(
     >>> [round(loss, 4) for loss in losses.tolist()]
     [0.0513, 2.3026]
     """
+    from_logits = check_flag("from_logits", from_logits)
     listed = not hasattr(y_pred, "dtype")
     y_pred = to_tensor("y_pred", y_pred)
     if listed:  # Python numbers have no precision to keep
@@ -100,23 +101,48 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
         tensor = torch.as_tensor(to_array(name, value), device=device)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = (
+            "nested" if tensor.is_nested else tensor.dtype if tensor.is_quantized else tensor.layout
+        )
+        raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}")
     return tensor
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
     """`value` as an array that PyTorch can share: numbers, native byte order, writable."""
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        raise TypeError(
+            f"{name} must be one tensor, got a {type(value).__name__} of tensors: "
+            f"pass torch.stack({name}), which keeps their gradients"
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked one: pass its mask as mask=")
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged; needs grad; on another device
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or what only looks like one
         raise ValueError(f"{name} must be a tensor or convertible to an array: {error}") from error
     if array.dtype.name == "bfloat16":  # TensorFlow's and JAX's arrays; NumPy has no such dtype
         array = array.astype(np.float32)
     if array.dtype.kind not in "biufc":
-        kind = f"an array of {array.dtype}" if isinstance(value, np.ndarray) else repr(value)
-        raise TypeError(f"{name} must hold numbers, got {kind}")
+        shown = repr(value)
+        if isinstance(value, np.ndarray) or len(shown) > 60:
+            shown = f"{type(value).__name__} of {array.dtype}"
+        raise TypeError(f"{name} must hold numbers, got {shown}")
+    if array.dtype.name in ("longdouble", "float96", "float128"):
+        raise TypeError(f"{name} must have a dtype that PyTorch has, got {array.dtype}")
     return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Whether an option is on, as Keras takes it, but for what can only be a slip."""
+    if value is None or isinstance(value, numbers.Real | np.bool_):
+        return bool(value)
+    kind = "a tensor" if isinstance(value, Tensor) else repr(value)
+    raise TypeError(
+        f"{name} must be True or False, got {kind}: options go to the loss, "
+        "SparseCategoricalCrossentropy(from_logits=True), and tensors to its call"
+    )
 
 
 def check_axis(axis: Any) -> int:
@@ -167,15 +193,15 @@ def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple) -> st
         f"y_true must have the shape of y_pred without its class axis, {wanted}, got {y_true} "
         f"(y_pred has the shape {y_pred} and its class axis is {axis})"
     )
-    for swapped_axis in {axis, len(y_true) - 1}:
-        if len(y_true) > swapped_axis >= 0 and y_pred == (
-            *y_true[:swapped_axis],
-            *y_true[swapped_axis + 1 :],
-        ):
+    without_one = y_pred[:-1] if y_pred[-1:] == (1,) else y_pred
+    for swapped in {min(axis, len(y_true) - 1), len(y_true) - 1} if y_true else ():
+        if (*y_true[:swapped], *y_true[swapped + 1 :]) in (y_pred, without_one):
             return (
                 f"{rule}. These shapes fit in PyTorch's order of arguments, but labels come first "
                 f"here: call loss(y_true, y_pred), or loss.as_criterion()(input, target)."
             )
+    if y_true == y_pred and len(y_pred) == 1:
+        return f"{rule}. For labels (B,) y_pred must be (B, C): its class axis seems to be missing."
     if y_true == y_pred:
         return f"{rule}. If y_true is one-hot, pass the class numbers: y_true.argmax({axis})."
     return f"{rule}."

@@ -9,12 +9,7 @@ from . import functional
 from .functional import ArrayLike
 from .reduction import align, check_reduction, combine_masks, reduce
 
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SparseCategoricalCrossentropy(nn.Module):
@@ -63,7 +58,7 @@ class SparseCategoricalCrossentropy(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.from_logits = bool(from_logits)
+        self.from_logits = functional.check_flag("from_logits", from_logits)
         self.ignore_class = functional.check_ignore_class(ignore_class)
         self.reduction = check_reduction(reduction)
         self.axis = functional.check_axis(axis)
@@ -153,11 +148,14 @@ class SparseCategoricalCrossentropy(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """A loss with these options: our own `get_config()`, or that of a Keras loss.
 
+        What `keras.losses.serialize` returns, a config with the name of its class, is taken too.
+
         >>> keras_config = {"name": "sce", "reduction": "sum", "from_logits": True,
         ...                 "ignore_class": None}
         >>> SparseCategoricalCrossentropy.from_config(keras_config)
         SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
         """
+        config = config.get("config", config)
         return cls(**{key: value for key, value in config.items() if key != "fn"})  # "fn": Keras 2
 
     def extra_repr(self) -> str:
@@ -193,13 +191,13 @@ def _loss_dtype(dtype: Any) -> torch.dtype:
     if dtype is None:
         return torch.float32
     dtype = getattr(dtype, "compute_dtype", dtype)  # a Keras policy
-    if isinstance(dtype, torch.dtype):
-        name = str(dtype).removeprefix("torch.")
-    elif isinstance(dtype, str):
-        name = dtype.removeprefix("mixed_")
+    if isinstance(dtype, str | torch.dtype):
+        name = str(dtype).removeprefix("torch.").removeprefix("mixed_")
     else:  # np.dtype and tf.DType have a name, np.float32 is a class
         name = getattr(dtype, "name", getattr(dtype, "__name__", ""))
-    if name in DTYPES:
-        return DTYPES[name]
-    error = TypeError if isinstance(getattr(torch, name or "-", None), torch.dtype) else ValueError
-    raise error(f"dtype must be None or one of {tuple(DTYPES)}, got {dtype!r}")
+    found = getattr(torch, name or "-", None)
+    if found in DTYPES:
+        return found
+    error = TypeError if isinstance(found, torch.dtype) else ValueError
+    names = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    raise error(f"dtype must be None or one of {names}, got {dtype!r}")

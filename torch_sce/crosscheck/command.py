@@ -1,9 +1,10 @@
 """The command line of the cross-check."""
 
 import argparse
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -37,14 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the cross-check; the exit code says how it ended."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device here")
-    cases = list(_chosen(options))
-    if not cases:
-        parser.error(f"--filter {' '.join(options.filter)}: no case has that feature")
-    if options.record is not None and (options.oracle != TARGET or options.filter or options.case):
-        parser.error("--record takes the answers of tf.keras to all cases")
-    console = Console(stderr=False)
+    _check_usage(parser, options)
+    cases = _chosen(parser, options)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # what reads it does not break lines
     try:
         return _run(options, cases, console)
     except OracleError as error:
@@ -59,48 +57,74 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 all cases agree or differ on purpose, 1 a mismatch, 2 wrong usage, "
         "3 the oracle is missing or has crashed.",
     )
-    parser.add_argument(
-        "--cases", type=_positive, default=CASES, help="how many to draw (%(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=SEED, help="what to draw them from (%(default)s)"
-    )
-    parser.add_argument(
-        "--case", type=int, metavar="NUMBER", help="this one alone, with all details"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--cases", type=_from(1), default=CASES, help="how many to draw (%(default)s)")
+    add("--seed", type=_from(0), default=SEED, help="what to draw them from (%(default)s)")
+    add("--case", type=_from(0), metavar="NUMBER", help="this one alone, with all details")
+    add(
         "--filter", action="append", default=[], metavar="'FEATURE: VALUE'",
-        help="only cases with this feature, as the table names it; may be given more than once",
+        help="only cases with this feature, as the table names it, for example "
+        "'reduction: sum'; given more than once, all of them",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--oracle", choices=(*LIVE, "recorded"), default=TARGET,
-        help="recorded: tf.keras's answers on file, no TensorFlow needed; the others are asked "
-        "beside tf.keras, to show where they differ from it (%(default)s)",
+        help=f"recorded: tf.keras's answers on file to --seed {SEED}, cases below {CASES}, no "
+        "TensorFlow needed; the others are asked beside tf.keras, to show where they differ "
+        "from it (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="where torch_sce computes: cpu or cuda")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots there")
-    parser.add_argument(
+    add("--device", default="cpu", help="where torch_sce computes: cpu, cuda, cuda:1, ...")
+    add("--json", type=Path, metavar="FILE", help="write all results there")
+    add("--html", type=Path, metavar="FILE", help="write a report with plots there")
+    add(
         "--record", type=Path, nargs="?", const=RECORDED, metavar="FILE",
         help="store tf.keras's answers for --oracle recorded",
     )  # fmt: skip
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+def _from(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+
     return number
 
 
-def _chosen(options: argparse.Namespace) -> Iterator[Case]:
-    indices = range(options.cases) if options.case is None else [options.case]
-    for index in indices:
-        case = draw(options.seed, index)
-        named = {f"{feature}: {value}" for feature, value in case.features.items()}
-        if all(wanted in named for wanted in options.filter):
-            yield case
+def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What argparse cannot check by itself; ends the program with exit code 2."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        parser.error(f"--device {options.device}: must be cpu, cuda, or cuda:NUMBER")
+    if options.device != "cpu":
+        number = int(options.device.partition(":")[2] or 0)
+        if number >= torch.cuda.device_count():
+            parser.error(f"--device {options.device}: PyTorch finds no such CUDA device here")
+    for path in (options.json, options.html, options.record):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
+    if options.case is not None and options.filter:
+        parser.error("--case is one case, --filter chooses among many: pass one of them")
+    everything = options.oracle == TARGET and not options.filter and options.case is None
+    if options.record is not None and not everything:
+        parser.error("--record takes the answers of tf.keras to all cases")
+
+
+def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    """The cases asked for, at least one."""
+    if options.case is not None:
+        return [draw(options.seed, options.case)]
+    drawn = [draw(options.seed, index) for index in range(options.cases)]
+    named = [{f"{feature}: {value}" for feature, value in c.features.items()} for c in drawn]
+    known = set().union(*named)
+    for wanted in options.filter:
+        if wanted not in known:
+            listed = "\n  ".join(sorted(known))
+            parser.error(f"--filter {wanted!r}: no case has that. These there are:\n  {listed}")
+    wanted = set(options.filter)
+    chosen = [case for case, names in zip(drawn, named, strict=True) if wanted <= names]
+    if not chosen:
+        parser.error(f"--filter: none of {options.cases} cases has all of {options.filter}")
+    return chosen
 
 
 def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> int:
@@ -118,7 +142,8 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
         device = _device_name(options.device)
         listed = ", ".join(f"{name} {number}" for name, number in versions.items())
         console.print(
-            f"{len(cases)} cases of --seed {options.seed}, on {device}; {listed}", highlight=False
+            f"{len(cases)} of the cases of --seed {options.seed}, on {device}; {listed}",
+            highlight=False,
         )
         poisons = options.device != "cpu"
         verdicts: list[Verdict] = []
@@ -139,9 +164,10 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
         record(options.record, cases, answers, target.versions)
         console.print(f"Recorded {len(cases)} answers in {options.record}", highlight=False)
     if options.case is not None:
-        console.print(report.details(cases[0], answers[0], ours(cases[0], options.device)))
-    else:
-        report.print_tables(console, results)
+        mine = ours(cases[0], options.device)
+        console.print(report.details(verdicts[0], answers[0], mine), highlight=False)
+        return DISAGREEMENT if results.mismatches else AGREEMENT
+    report.print_tables(console, results)
     if other:
         report.print_comparison(console, options.oracle, other.versions, cases, answers, others)
     if options.json:
@@ -165,7 +191,7 @@ def _progress(
     if console.is_terminal:
         yield from track(pairs, "Comparing", total=len(cases), console=console)
         return
-    step = max(1, len(cases) // 5)
+    step = max(100, len(cases) // 5)
     for done in range(0, len(cases), step):
         yield from islice(pairs, step)
         console.print(f"{min(done + step, len(cases))} of {len(cases)} compared", highlight=False)

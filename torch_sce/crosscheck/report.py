@@ -11,6 +11,7 @@ from string import Template
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .answers import Answer
@@ -84,11 +85,15 @@ class Results:
 
 
 def print_tables(console: Console, results: Results) -> None:
-    table = Table(title="Cases by feature; errors in ulps against float64", title_justify="left")
-    columns = ("feature", "", "cases", "agree", "differ on purpose", "mismatch", "our worst ulp",
-               "Keras's")  # fmt: skip
+    table = Table(
+        title="Cases by feature. The last two columns are the worst errors, ours and tf.keras's, "
+        "in ulps: units of float32's spacing at the size of what is added up, against float64.",
+        title_justify="left",
+    )
+    columns = ("feature", "", "cases", "agree", "on purpose", "mismatch", "ours", "Keras's")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index > 1 else "left")
+        # A name that is cut short could not be given to --filter.
+        table.add_column(column, justify="right" if index > 1 else "left", overflow="fold")
     for feature, rows in results.features().items():
         table.add_section()
         for index, (value, row) in enumerate(rows.items()):
@@ -102,10 +107,11 @@ def print_tables(console: Console, results: Results) -> None:
 
     table = Table(title="Differences on purpose", title_justify="left")
     for column in ("where", "tf.keras", "here", "cases"):
-        table.add_column(column, justify="right" if column == "cases" else "left")
+        table.add_column(column, justify="right" if column == "cases" else "left", overflow="fold")
     for difference in DIFFERENCES:
         count = results.deliberate[difference.name]
-        table.add_row(difference.where, difference.keras, difference.here, str(count))
+        texts = (difference.where, difference.keras, difference.here)
+        table.add_row(*map(escape, texts), str(count))
     if "bad labels on a device" in results.deliberate:
         count = str(results.deliberate["bad labels on a device"])
         table.add_row("label outside [0, C), on a device", "raises", "NaN in that row", count)
@@ -114,7 +120,10 @@ def print_tables(console: Console, results: Results) -> None:
 
 def print_conclusion(console: Console, results: Results) -> None:
     for verdict in results.mismatches[:20]:
-        console.print(f"[red]mismatch[/] {verdict.reason}", highlight=False, soft_wrap=True)
+        reason = escape(verdict.reason)
+        console.print(
+            f"[red]Mismatch[/], tf.keras first: {reason}", highlight=False, soft_wrap=True
+        )
         console.print(f"  {results.reproduce(verdict.case)}", highlight=False, soft_wrap=True)
     if len(results.mismatches) > 20:
         console.print(f"... and {len(results.mismatches) - 20} more", highlight=False)
@@ -155,37 +164,49 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def details(case: Case, keras: Answer, ours: Answer) -> str:
+def details(verdict: Verdict, keras: Answer, ours: Answer) -> str:
     """Everything about one case, for whoever has to find out why it differs."""
+    case = verdict.case
     right, refused = reference(case)
     options = ", ".join(f"{key}={value!r}" for key, value in case.options.items())
     lines = [
         f"{case.form}({options}), given as {'lists' if case.as_lists else 'arrays'}",
-        f"y_true {_array(case.y_true)}",
-        f"y_pred, {case.y_pred_dtype} {_array(case.y_pred)}",
-        f"sample_weight {_array(case.sample_weight)}",
-        f"mask {_array(case.mask)}",
+        f"y_true, {_array(case.y_true)}",
+        f"y_pred, {_array(case.y_pred, case.y_pred_dtype)}",
+        f"sample_weight, {_array(case.sample_weight)}",
+        f"mask, {_array(case.mask)}",
     ]
     for who, answer in {"tf.keras": keras, "ours": ours}.items():
         if answer.error:
             lines.append(f"{who} raises {answer.error}: {answer.message}")
         else:
-            lines.append(f"{who}, value, {answer.value_dtype} {_array(answer.value)}")
-            lines.append(f"{who}, gradient, {answer.gradient_dtype} {_array(answer.gradient)}")
+            lines.append(f"{who}, value, {_array(answer.value, answer.value_dtype)}")
+            lines.append(f"{who}, gradient, {_array(answer.gradient, answer.gradient_dtype)}")
     if right is None:
         lines.append(f"in float64: refused for the {refused}")
     else:
-        lines.append(f"in float64, value {_array(right.value)}")
-        lines.append(f"in float64, gradient {_array(right.gradient)}")
-    return "\n".join(lines).replace("[", r"\[")
+        lines.append(f"in float64, value, {_array(right.value)}")
+        lines.append(f"in float64, gradient, {_array(right.gradient)}")
+    return escape("\n".join(lines)) + f"\n[bold]{escape(_outcome(verdict))}[/]"
 
 
-def _array(value: object) -> str:
+def _outcome(verdict: Verdict) -> str:
+    if verdict.outcome == AGREES:
+        return "Agrees: both raise." if verdict.reason else "Agrees in value and gradient."
+    if verdict.outcome == MISMATCH:
+        return f"Mismatch, tf.keras first: {verdict.reason}"
+    for row in DIFFERENCES:
+        if row.name == verdict.reason:
+            return f"Differs on purpose: {row.where}. tf.keras: {row.keras}. Here: {row.here}."
+    return f"Differs on purpose: {verdict.reason}."
+
+
+def _array(value: object, dtype: str | None = None) -> str:
     if value is None:
         return "none"
     array = np.asarray(value)
     text = np.array2string(array, precision=9, threshold=40, edgeitems=3, separator=", ")
-    return f"{array.dtype} {array.shape}:\n{text}"
+    return f"{dtype or array.dtype} {array.shape}:\n{text}"
 
 
 def print_comparison(
@@ -221,7 +242,7 @@ def print_comparison(
     table = Table("what differs", "cases", "for example (tf.keras first)", "in case")
     for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
         case, text = found[0]
-        table.add_row(kind, str(len(found)), text[:90].replace("[", r"\["), str(case.index))
+        table.add_row(kind, str(len(found)), escape(text[:90]), str(case.index))
     console.print(table)
     table = Table("feature", "", "cases", "differ", "share", title="Where it differs most")
     shares = {

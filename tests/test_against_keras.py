@@ -5,6 +5,7 @@ import pytest
 from conftest import make_case
 from test_losses import TestValuesAtTheEdge
 
+from torch_sce import SparseCategoricalCrossentropy
 from torch_sce.crosscheck.answers import RecordedOracle, ours
 from torch_sce.crosscheck.cases import draw
 from torch_sce.crosscheck.command import CASES, SEED
@@ -12,8 +13,8 @@ from torch_sce.crosscheck.compare import AGREES, differs, judge, reference
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
 
-# classification; a sequence; a map; large enough for sums to round; a vocabulary
-SHAPES = [(16, 10), (4, 7, 11), (2, 6, 5, 3), (512, 100), (8, 5000)]
+# classification; a sequence; a map; large enough for sums to round; a vocabulary, in two chunks
+SHAPES = [(16, 10), (4, 7, 11), (2, 6, 5, 3), (512, 100), (100, 5000)]
 
 
 def agrees(keras, y_true, y_pred, *weights, **options) -> None:
@@ -47,6 +48,20 @@ def test_random_tensors(keras, shape, from_logits, reduction):
     y_true[rng.random(shape[:-1]) < 0.3] = -1
     agrees(keras, y_true, y_pred, weight, ignore_class=-1, **options)
     agrees(keras, y_true, y_pred, None, mask, ignore_class=-1, **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_sample_and_a_scalar_weight(ask, reduction):
+    """The result has no axes in Keras, and here those of the losses: the numbers are compared."""
+    p = np.array([[0.2, 0.8]], np.float32)
+    answer = ask(np.array([0]), p, 2.0, reduction=reduction)
+    value = SparseCategoricalCrossentropy(reduction=reduction)([0], p, 2.0)
+    assert value.item() == pytest.approx(answer.value.item(), rel=3e-7)
+
+
+def test_a_python_number_as_weight_keeps_its_precision(keras):
+    p = np.array([[0.2, 0.8], [0.6, 0.4]])
+    agrees(keras, np.array([0, 1]), p, 0.1, dtype="float64")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

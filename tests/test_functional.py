@@ -114,6 +114,19 @@ def test_an_ignore_class_that_no_label_has_changes_nothing(ignored):
     assert torch.equal(sparse_categorical_crossentropy(y, z, True, ignore_class=ignored), want)
 
 
+def test_ignore_class_is_compared_exactly_with_float_labels():
+    z = predictions((1, 3000))
+    half = torch.tensor([2048.0], dtype=torch.float16)
+    assert sparse_categorical_crossentropy(half, z, True, ignore_class=2049).item() != 0
+    assert sparse_categorical_crossentropy([1.0], z, True, ignore_class=1 + 1e-9).item() != 0
+
+
+def test_ignore_class_does_not_wrap_around():
+    z, y = predictions((2, 300)), torch.tensor([255, 1], dtype=torch.uint8)
+    assert (sparse_categorical_crossentropy(y, z, True, ignore_class=-1) != 0).all()
+    assert sparse_categorical_crossentropy(y, z, True, ignore_class=255)[0] == 0
+
+
 def test_ignore_class_is_compared_before_labels_are_truncated():
     z = predictions((3, 3))
     y = torch.tensor([1.5, 1.0, 0.0])
@@ -191,7 +204,8 @@ ERRORS = [
     (([0], Z(1, 3, dtype=torch.int64)), {}, TypeError,
      r"y_pred must be float16, .* got torch\.int64"),
     (([0], Z(1, 3).to_sparse()), {}, TypeError, "dense tensor of numbers, got torch.sparse"),
-    (([0], torch.nested.nested_tensor([Z(3)])), {}, TypeError, "tensor of numbers, got nested"),
+    (([0], torch.nested.nested_tensor([Z(3)], layout=torch.jagged)), {}, TypeError,
+     "tensor of numbers, got nested"),
     (([0, 1], [Z(3), Z(3)]), {}, TypeError, r"got a list of tensors: pass torch.stack\(y_pred\)"),
     ((np.ma.masked_array([0], [True]), Z(1, 3)), {}, TypeError, "got a masked one: pass its mask"),
     (([0], np.zeros((1, 3), np.longdouble)), {}, TypeError, "a dtype that PyTorch has, got float"),

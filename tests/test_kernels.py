@@ -154,6 +154,28 @@ def test_functional_transforms_agree_with_autograd(model):
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(total, z))
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_ignored_rows_have_no_second_derivative_whatever_they_hold(model):
+    z, y, g = rows(5, model, dtype=torch.float64)
+    z[0, :, 1], y[0, 1] = torch.nan, IGNORED
+    z.requires_grad_()
+    total = (row_losses(z, y, MODELS[model]) * g).sum()
+    (first,) = torch.autograd.grad(total, z, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), z)
+    assert second.isfinite().all() and (second[0, :, 1] == 0).all() and (second != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tangents_of_half_precision_rows_are_float32(dtype):
+    z, y, _ = rows(100, "logits", dtype=dtype)
+    tangent = torch.ones_like(z)
+    tangent[:, ::2] = 0.5
+    found = torch.func.jvp(lambda z: row_losses(z, y), (z,), (tangent,))
+    want = torch.func.jvp(lambda z: row_losses(z, y), (z.float(),), (tangent.float(),))
+    assert all(part.dtype == torch.float32 for part in found)
+    torch.testing.assert_close(found, want)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_an_offset_of_all_logits_costs_no_precision(offset):
     """Saving (m, s) keeps the gradient within 2e-6; saving logsumexp would give 4e-3."""

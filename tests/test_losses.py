@@ -345,6 +345,13 @@ class TestCompiler:
             results.append((value.detach(), leaf.grad))
         torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_halves_are_computed_in_float32_when_compiled(self, dtype):
+        loss = SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        z = (torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+        y = torch.tensor([0, 1, 2, 3])
+        torch.testing.assert_close(torch.compile(loss, fullgraph=True)(y, z), loss(y, z))
+
     @pytest.mark.parametrize("from_logits", [True, False])
     def test_new_sizes_compile_no_more_than_once(self, from_logits):
         """The first call may be for its sizes alone; the second is for all."""

@@ -215,6 +215,35 @@ def test_nothing_that_counts_gives_zero_and_no_gradient(reduction):
         assert value.item() == 0 and value.shape == () and (gradient == 0).all()
 
 
+def test_a_small_divisor_divides():
+    y, z = [0, 1], torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    loss = SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+    torch.testing.assert_close(loss(y, z, [1e-30, 3e-30]), loss(y, z, [1.0, 3.0]))
+
+
+def test_one_sample_with_a_scalar_weight_is_not_averaged():
+    """tf.keras drops the axis of one sample when it meets a scalar; the live tests ask it too."""
+    loss = SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+    z = torch.tensor([[0.0, 1.0]])
+    assert loss([0], z, 2.0) == 2 * loss([0], z)
+    assert loss([0], z, [2.0]) == loss([0], z)
+
+
+def test_weights_keep_their_precision_in_float64():
+    y, z = [0, 1], torch.tensor([[0.5, 1.0], [2.0, -1.0]], dtype=torch.float64)
+    loss = SparseCategoricalCrossentropy(from_logits=True, dtype="float64")
+    assert loss(y, z, 0.1) == loss(y, z, [0.1, 0.1])
+    torch.testing.assert_close(loss(y, z, 0.1), 0.1 * loss(y, z), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint16, torch.uint64, torch.float16])
+def test_a_mask_of_any_dtype_may_stand_beside_ignored_labels(dtype):
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    y, mask = torch.tensor([0, -1, 2, 1]), torch.tensor([1, 1, 0, 1])
+    loss = SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    assert loss(y, z, None, mask.to(dtype)) == loss(y, z, None, mask.bool())
+
+
 def test_the_gradient_with_respect_to_a_weight_is_the_loss():
     z = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     y, weight = torch.tensor([0, 1, 2, 0]), torch.ones(4, requires_grad=True)

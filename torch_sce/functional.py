@@ -95,10 +95,15 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
             )
         tensor = value if like is None else value.to(like.device)  # moves scalars alone
     else:
-        device = None if like is None else like.device
+        device = torch.get_default_device() if like is None else like.device
         if isinstance(value, bool | int | float) and abs(value) < 2**63:
-            return torch.full((), value, device=device)  # needs no transfer from the host
-        tensor = torch.as_tensor(to_array(name, value), device=device)
+            dtype = float64_on(device) if isinstance(value, float) else None
+            # Filling a scalar needs no transfer from the host.
+            return torch.full((), value, dtype=dtype, device=device)
+        tensor = torch.as_tensor(to_array(name, value))
+        if tensor.dtype == torch.float64:
+            tensor = tensor.to(float64_on(device))
+        tensor = tensor.to(device)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
@@ -107,6 +112,11 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
         )
         raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}")
     return tensor
+
+
+def float64_on(device: torch.device) -> torch.dtype:
+    """float64, or float32 where there is no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
@@ -208,7 +218,9 @@ def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple) -> st
 
 
 def check_ignore_class(ignore_class: Any) -> Any:
-    if ignore_class is None or isinstance(ignore_class, numbers.Real | np.bool_):
+    if isinstance(ignore_class, np.generic):
+        ignore_class = ignore_class.item()
+    if ignore_class is None or isinstance(ignore_class, numbers.Real):
         return ignore_class
     raise TypeError(f"ignore_class must be a number or None, got {ignore_class!r}")
 
@@ -221,7 +233,7 @@ def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
     if check_ignore_class(ignore_class) is None:
         return None
     if labels.is_floating_point():
-        return labels != float(ignore_class)
+        return labels.to(float64_on(labels.device)) != float(ignore_class)
     value = float(ignore_class)
     whole = math.isfinite(value) and value == int(value) and abs(value) < 2**63
     if not whole:
@@ -232,7 +244,7 @@ def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
 def class_numbers(labels: Tensor) -> Tensor:
     """Labels as int64: floats truncated toward zero; what has no class number becomes negative."""
     if labels.is_floating_point():
-        wide = labels.float() if labels.dtype in HALVES else labels
+        wide = labels.to(float64_on(labels.device))
         # NaN, infinities and numbers beyond int64 have no defined conversion.
         return wide.nan_to_num(nan=-1.0).clamp(-(2.0**40), 2.0**40).long()
     found = labels.long()

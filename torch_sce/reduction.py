@@ -93,7 +93,7 @@ def combine_masks(mask: Tensor | None, counted: Tensor | None) -> Tensor | None:
     """One mask from the caller's (aligned) and from the labels that are not ignored."""
     if mask is None or counted is None:
         return counted if mask is None else mask
-    return mask & counted if mask.dtype == torch.bool else mask * counted
+    return mask & counted if mask.dtype == torch.bool else mask.float() * counted
 
 
 def _factor(losses: Tensor, weight: Any, mask: Tensor | None, reduction: Any) -> Tensor | None:

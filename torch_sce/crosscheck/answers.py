@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -67,8 +68,12 @@ class LiveOracle:
         )
         self.replies: queue.Queue[Any] = queue.Queue()
         self.log: list[bytes] = []
-        for target in (self._read_replies, self._read_log):
-            threading.Thread(target=target, daemon=True).start()
+        self.readers = [
+            threading.Thread(target=target, daemon=True)
+            for target in (self._read_replies, self._read_log)
+        ]
+        for thread in self.readers:
+            thread.start()
         self.versions: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -88,25 +93,32 @@ class LiveOracle:
     def __exit__(self, *_exc: object) -> None:
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
+        for thread in self.readers:  # a grandchild may hold the pipes open: then let them be
+            thread.join(timeout=1)
+        if not any(thread.is_alive() for thread in self.readers):
+            for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+                assert stream is not None
+                with suppress(OSError):
+                    stream.close()
 
     def answers(self, cases: Sequence[Case]) -> Iterator[Answer]:
         """An answer to each case, in order."""
         for start in range(0, len(cases), self.batch_size):
             batch = cases[start : start + self.batch_size]
-            self._send([_question(case) for case in batch])
-            for reply in self._reply(self.batch_timeout):
+            # A pipe holds less than a batch: who sends must not wait for a worker that is stuck.
+            questions = [_question(case) for case in batch]
+            threading.Thread(target=self._send, args=[questions], daemon=True).start()
+            replies = self._reply(self.batch_timeout)
+            if not isinstance(replies, list) or len(replies) != len(batch):
+                raise OracleError(f"the oracle {self.name} gave no answer to each of its cases")
+            for reply in replies:
                 yield Answer(**reply)
 
     def _send(self, message: Any) -> None:
         assert self.process.stdin is not None
-        try:
+        with suppress(OSError, ValueError):  # the reader notices that the worker has gone
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
-        except OSError as error:
-            raise self._crashed() from error
 
     def _reply(self, timeout: float) -> Any:
         try:
@@ -119,6 +131,9 @@ class LiveOracle:
         return reply
 
     def _crashed(self) -> OracleError:
+        with suppress(subprocess.TimeoutExpired):  # it may be on its way out, or alive and lost
+            self.process.wait(timeout=1)
+        self.process.kill()
         code = self.process.wait()
         last = b"".join(self.log).decode(errors="replace").strip().splitlines()[-5:]
         return OracleError(
@@ -131,7 +146,7 @@ class LiveOracle:
         try:
             while True:
                 self.replies.put(pickle.load(self.process.stdout))  # pyright: ignore[reportArgumentType] a pipe
-        except (EOFError, pickle.UnpicklingError, OSError, ValueError):
+        except Exception:  # the end, or what is no message: either way nothing more can be read
             self.replies.put(None)
 
     def _read_log(self) -> None:

@@ -4,8 +4,9 @@ A case is drawn from `(seed, index)` alone, so any one can be drawn again by its
 stay ordinary in most cases: what is odd then meets ordinary company, and two odd things meet
 often enough.
 
-Values are chosen so that the answer does not depend on luck. Weights are multiples of 1/4, whose
-sums are exact in any order and dtype: a denominator is zero for everybody or for nobody.
+Values are chosen so that the answer does not depend on luck. Weights that may add up to zero are
+multiples of 1/4, whose sums are exact in any order and dtype: a denominator is zero for everybody
+or for nobody.
 """
 
 import hashlib
@@ -309,9 +310,14 @@ def _weights(rng, features, loss_shape) -> Any:
         features["sample_weight"] = "none"
         return None
     kind, shape = _weight_shape(rng, loss_shape)
-    values = _pick(rng, {"positive": 10, "with zeros": 4, "signed": 2, "all zero": 1, "nan": 0.5})
+    values = _pick(
+        rng,
+        {"positive": 5, "arbitrary": 5, "with zeros": 4, "signed": 2, "all zero": 1, "nan": 0.5},
+    )
     weight = rng.integers(1, 13, shape) / 4
-    if values == "with zeros":
+    if values == "arbitrary":
+        weight = rng.uniform(0.1, 3, shape)
+    elif values == "with zeros":
         weight = weight * (rng.random(shape) < 0.6)
     elif values == "signed":
         weight = weight * rng.choice([-1, 1], shape)

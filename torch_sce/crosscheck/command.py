@@ -156,8 +156,11 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
             console.print(f"Asking {options.oracle} ...", highlight=False)
             others = [answer for _, answer in _progress(console, cases, other.answers(cases))]
 
+    arguments = [] if options.device == "cpu" else ["--device", options.device]
+    if options.oracle == "recorded":
+        arguments += ["--oracle", "recorded"]
     results = report.Results(
-        verdicts, options.seed, TARGET, versions, device, options.device,
+        verdicts, options.seed, target.name, versions, device, arguments, options.filter,
         time.perf_counter() - start,
     )  # fmt: skip
     if options.record is not None:

@@ -7,7 +7,7 @@ import numpy as np
 from .answers import Answer
 from .cases import Case
 from .differences import DIFFERENCES
-from .reference import LEAST, UNIT, Expected, Refused, expected
+from .reference import LEAST, UNIT, Expected, Refused, expected, overflowed
 
 AGREES, DELIBERATE, MISMATCH = "agrees", "deliberate", "mismatch"
 
@@ -23,22 +23,24 @@ class Verdict:
 
 
 def judge(case: Case, keras: Answer, ours: Answer, poisons: bool = False) -> Verdict:
-    """Whether we agree with Keras on a case, and if not, whether we mean to.
+    """Whether our answer is the right one, and Keras's the same or one we mean to differ from.
 
     `poisons`: bad labels give NaN instead of an error, as they do on devices.
     """
     right, refused = reference(case, poisons)
+    wrong = differs_from_reference(ours, right, case)
+    if wrong is not None:
+        return Verdict(case, MISMATCH, f"in float64, and ours: {wrong}")
     difference = differs(keras, ours, right, case)
     if difference is None:
         raises = "raises" if keras.error else ""
         return Verdict(case, AGREES, raises, _errors(case, keras, ours, right))
-    if differs_from_reference(ours, right, case) is None:
-        names = [each.name for each in DIFFERENCES if each.applies(case, keras, refused)]
-        if names:
-            return Verdict(case, DELIBERATE, names[0])
-        if poisons and keras.error and right is not None:
-            return Verdict(case, DELIBERATE, "bad labels on a device")
-    return Verdict(case, MISMATCH, difference)
+    for each in DIFFERENCES:
+        if each.applies(case, keras, ours, refused):
+            return Verdict(case, DELIBERATE, each.name)
+    if poisons and keras.error and right is not None:
+        return Verdict(case, DELIBERATE, "bad labels on a device")
+    return Verdict(case, MISMATCH, f"tf.keras and ours: {difference}")
 
 
 def reference(case: Case, poisons: bool = False) -> tuple[Expected | None, str]:
@@ -49,60 +51,58 @@ def reference(case: Case, poisons: bool = False) -> tuple[Expected | None, str]:
         return None, str(refusal)
 
 
-def differs(a: Answer, b: Answer, right: Expected | None, case: Case) -> str | None:
-    """In what two answers differ, in words; None if they agree within twice the bound."""
-    if a.error or b.error:
-        if b.error and b.error.startswith("unintended"):
-            return f"raises {b.error.split()[-1]}: {b.message}"
-        if a.error and b.error:
+def differs(keras: Answer, ours: Answer, right: Expected | None, case: Case) -> str | None:
+    """In what two answers differ, in words; None if they agree within both their bounds.
+
+    Each answer has the bound of the dtype it is computed in: Keras computes in the loss's.
+    """
+    if keras.error or ours.error:
+        if keras.error and ours.error:
             return None
-        return f"raises {a.error}: {a.message}" if a.error else f"raises {b.error}: {b.message}"
-    if a.value_dtype != b.value_dtype or a.gradient_dtype != b.gradient_dtype:
-        return f"dtype {a.value_dtype}, {a.gradient_dtype} and {b.value_dtype}, {b.gradient_dtype}"
-    assert a.value is not None and b.value is not None
-    if a.value.shape != b.value.shape:
-        return f"shape {a.value.shape} and {b.value.shape}"
+        who, raising = ("first", keras) if keras.error else ("second", ours)
+        return f"only the {who} raises {raising.error}: {raising.message}"
     if right is None:
         return "a value where the rules refuse"
-    unit = UNIT[case.loss_dtype]
-    if not _close(a.value, b.value, 2 * unit * right.value_scale + LEAST[case.loss_dtype]):
-        return f"value {_worst(a.value, b.value)}"
-    if a.gradient is None or b.gradient is None:
-        return None if a.gradient is b.gradient else "only one has a gradient"
-    bound = _gradient_bound(right, case)
-    return (
-        None
-        if _close(a.gradient, b.gradient, bound)
-        else f"gradient {_worst(a.gradient, b.gradient)}"
-    )
+    return _values_differ(keras, ours, right, case, 2, UNIT[case.loss_dtype])
 
 
 def differs_from_reference(ours: Answer, right: Expected | None, case: Case) -> str | None:
     """In what our answer differs from the right one, whatever Keras says."""
     if right is None:
         intended = ours.error in ("ValueError", "TypeError")
-        return None if intended else "should raise a ValueError or TypeError"
+        return None if intended else f"should raise a ValueError or TypeError, not {ours.error}"
+    if ours.error:
+        return f"raises {ours.error}: {ours.message}"
     gradient = None if case.as_lists or ours.gradient_dtype is None else right.gradient
     gradient_dtype = None if gradient is None else right.gradient_dtype
     if gradient is not None:  # it goes through the loss's dtype on its way back
-        gradient = _overflowed(_overflowed(gradient, right.dtype), right.gradient_dtype)
-    value = _overflowed(right.value, right.dtype)
-    wanted = Answer(value, right.dtype, gradient, gradient_dtype)
-    return differs(wanted, ours, right, case)
+        gradient = overflowed(overflowed(gradient, right.dtype), right.gradient_dtype)
+    wanted = Answer(overflowed(right.value, right.dtype), right.dtype, gradient, gradient_dtype)
+    # Halves are computed in float32: only the last rounding is theirs.
+    unit = min(UNIT[case.loss_dtype], UNIT["float32"])
+    return _values_differ(wanted, ours, right, case, 1, unit)
 
 
-def _overflowed(array: np.ndarray, dtype: str) -> np.ndarray:
-    """`array` with infinities where `dtype` has no such number."""
-    largest = {"float16": 65520, "bfloat16": 3.39615e38, "float32": 3.4028235677973366e38}
-    too_large = np.abs(array) >= largest.get(dtype, np.inf)
-    return np.where(too_large & np.isfinite(array), np.copysign(np.inf, array), array)
-
-
-def _gradient_bound(right: Expected, case: Case) -> np.ndarray:
-    """Rounding in the loss's dtype, and once more on the way back to the predictions' dtype."""
+def _values_differ(
+    a: Answer, b: Answer, right: Expected, case: Case, sides: int, unit: float
+) -> str | None:
+    if a.value_dtype != b.value_dtype or a.gradient_dtype != b.gradient_dtype:
+        return f"dtype {a.value_dtype}, {a.gradient_dtype} and {b.value_dtype}, {b.gradient_dtype}"
+    assert a.value is not None and b.value is not None
+    if a.value.shape != b.value.shape:
+        return f"shape {a.value.shape} and {b.value.shape}"
+    bound = sides * (unit * right.value_scale + UNIT[right.dtype] * np.abs(right.value))
+    if not _close(a.value, b.value, bound + LEAST[case.loss_dtype]):
+        return f"value {_worst(a.value, b.value)}"
+    if a.gradient is None or b.gradient is None:
+        return None if a.gradient is b.gradient else "only one has a gradient"
+    # The gradient is rounded to the loss's dtype, and to the predictions', on its way back.
     dtype = case.y_pred_dtype if case.y_pred_dtype in LEAST else "float32"
-    rounding = UNIT[case.loss_dtype] * right.gradient_scale + UNIT[dtype] * np.abs(right.gradient)
-    return 2 * rounding + LEAST[dtype] + LEAST[case.loss_dtype]
+    last = (UNIT[case.loss_dtype] + UNIT[dtype]) * np.abs(right.gradient)
+    bound = sides * (unit * right.gradient_scale + last) + LEAST[dtype] + LEAST[case.loss_dtype]
+    if not _close(a.gradient, b.gradient, bound):
+        return f"gradient {_worst(a.gradient, b.gradient)}"
+    return None
 
 
 def _close(a: np.ndarray, b: np.ndarray, bound: np.ndarray) -> bool:
@@ -131,15 +131,14 @@ def _errors(case: Case, keras: Answer, ours: Answer, right: Expected | None) -> 
             ("gradient", right.gradient, right.gradient_size),
         ):
             got = getattr(answer, part)
-            if got is not None and got.size:
+            if got is not None and (np.isfinite(got) & np.isfinite(truth)).any():
                 found[f"{who}, {part}"] = _ulps(got, truth, size)
     return found
 
 
 def _ulps(got: np.ndarray, truth: np.ndarray, size: np.ndarray) -> float:
-    """The largest error, in units of float32's spacing at `size`."""
+    """The largest error among finite entries, in units of float32's spacing at `size`."""
     with np.errstate(all="ignore"):
         spacing = np.spacing(np.abs(size).astype(np.float32)).astype(np.float64)
         errors = np.abs(got.astype(np.float64) - truth) / spacing
-    usable = np.isfinite(errors)
-    return float(errors[usable].max()) if usable.any() else 0.0
+    return float(errors[np.isfinite(errors)].max(initial=0))

@@ -4,10 +4,11 @@
 right answer is where Keras and we differ on purpose, and whose error is smaller where we agree.
 
 The bounds follow from the operations, in units of u, half the spacing of the dtype at 1. A sum of
-n terms loses at most GROWTH * sqrt(n) * u of the sum of their magnitudes (Higham and Mary, 2019,
-"A new approach to probabilistic rounding error analysis": independent roundings, and a chance
-below 2 exp(-GROWTH^2 / 2) of more), and every other operation one u of its result, which exp
-multiplies by its argument. `SLACK` counts the operations on the longest way from input to result.
+n terms loses at most n * u of the sum of their magnitudes, and hardly more than GROWTH * sqrt(n)
+times u (Higham and Mary, 2019, "A new approach to probabilistic rounding error analysis": for
+independent roundings the chance of more is below 2 exp(-GROWTH^2 / 2)). Every other operation
+loses a u of its result, or two; exp multiplies what its argument has lost by the argument.
+`SLACK` counts the operations on the longest way from input to result.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from .cases import Case, to_bfloat16
 
 GROWTH = 6
-SLACK = 16
+SLACK = 8
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 LEAST = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
@@ -164,7 +165,7 @@ def _from_logits(z: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     gap = np.take_along_axis(distance, y[..., None], -1)
     loss = (np.log(s) + gap)[..., 0]
     reach = np.where(e == 0, 0, distance)
-    sums = GROWTH * np.sqrt(z.shape[-1]) + SLACK
+    sums = growth(z.shape[-1]) + SLACK
     loss_scale = (sums + 2 * (share * reach).sum(-1, keepdims=True) + 2 * np.log(s) + 2 * gap)[
         ..., 0
     ]
@@ -183,7 +184,7 @@ def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     loss = (np.log(s) - np.log(at_label))[..., 0]
     # Keras takes logarithms first: their rounding is relative to them, not to their differences.
     depth = np.abs(np.log(c))
-    sums = GROWTH * np.sqrt(q.shape[-1]) + SLACK
+    sums = growth(q.shape[-1]) + SLACK
     weighted = 2 * (c / s * depth).sum(-1, keepdims=True)
     deepest = depth.max(-1, keepdims=True)
     loss_scale = (sums + weighted + 2 * deepest + 2 * np.abs(np.log(s)) - 2 * np.log(at_label))[
@@ -205,7 +206,7 @@ def _rounded(value: float, dtype: str) -> float:
 def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Expected:
     shape = counts.shape
     wide = "float64" if dtype == "float64" else "float32"  # an overflow is part of the answer
-    loss = np.where(counts, np.where(bad, np.nan, rows.loss), 0).astype(wide).astype(np.float64)
+    loss = overflowed(np.where(counts, np.where(bad, np.nan, rows.loss), 0), wide)
     factor = _factor(weight, mask, reduction)
     each = np.broadcast_to(factor, shape) if np.ndim(factor) else np.full(shape, factor)
     n = max(loss.size, 1)
@@ -219,11 +220,11 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
             _divisor(loss, weight, mask, factor, reduction),
             case.upstream[:1].item(),
         )
-        total = (loss * each).sum().astype(wide).astype(np.float64)
+        total = overflowed((loss * each).sum(), wide)
         value = _divide(total, divisor)
         if divisor == 0 and reduction != "mean_with_sample_weight":
             value = total * 0  # Keras multiplies by the mask's weight, 0: a NaN stays one
-        terms = np.abs(each) * (rows.loss_scale + (GROWTH * np.sqrt(n) + SLACK) * np.abs(loss))
+        terms = np.abs(each) * (rows.loss_scale + (growth(n) + SLACK) * np.abs(loss))
         scale = _divide(np.abs(np.where(counts, terms, 0)).sum(), abs(divisor))
         size = _divide((np.maximum(np.abs(loss), 1) * np.abs(each) * counts).sum(), abs(divisor))
     g = _divide(upstream * each, divisor)
@@ -241,6 +242,18 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         np.asarray(value), arrays[0], np.asarray(scale), arrays[1], np.asarray(size), arrays[2],
         dtype, case.y_pred_dtype,
     )  # fmt: skip
+
+
+def overflowed(array: np.ndarray, dtype: str) -> np.ndarray:
+    """`array` with infinities where `dtype` has no such number."""
+    largest = {"float16": 65520, "bfloat16": 3.39615e38, "float32": 3.4028235677973366e38}
+    too_large = (np.abs(array) >= largest.get(dtype, np.inf)) & np.isfinite(array)
+    return np.where(too_large, np.copysign(np.inf, array), array)
+
+
+def growth(terms: int) -> float:
+    """How many u a sum of positive terms may lose, relative to itself."""
+    return min(terms, GROWTH * np.sqrt(terms))
 
 
 def _factor(weight, mask, reduction):

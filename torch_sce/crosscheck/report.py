@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .answers import Answer
+from .answers import TARGET, Answer
 from .cases import Case
 from .compare import AGREES, DELIBERATE, MISMATCH, Verdict, differs, reference
 from .differences import DIFFERENCES
 
-SCRIPT = "python scripts/cross_check.py"
+SCRIPT = ("python", "scripts/cross_check.py")
 PARTS = ("value", "gradient")
 WHO = ("ours", "Keras")
 
@@ -48,7 +49,8 @@ class Results:
     oracle: str
     versions: dict[str, str]
     device: str
-    device_option: str
+    arguments: list[str]  # of the command line, but for the seed and the choice of cases
+    filters: list[str]
     seconds: float
 
     @property
@@ -80,8 +82,15 @@ class Results:
         return np.array([v.ulps[key] for v in self.verdicts if key in v.ulps])
 
     def reproduce(self, case: Case) -> str:
-        device = "" if self.device_option == "cpu" else f" --device {self.device_option}"
-        return f"{SCRIPT} --seed {case.seed} --case {case.index}{device}"
+        """The command that shows this case."""
+        chosen = ("--seed", str(case.seed), "--case", str(case.index))
+        return shlex.join([*SCRIPT, *chosen, *self.arguments])
+
+    @property
+    def command(self) -> str:
+        """What drew all these cases, but for their number."""
+        filters = [part for wanted in self.filters for part in ("--filter", wanted)]
+        return shlex.join([*SCRIPT, "--seed", str(self.seed), *self.arguments, *filters])
 
 
 def print_tables(console: Console, results: Results) -> None:
@@ -313,8 +322,8 @@ small { color: #57606a; }
 </style>
 <h1>torch_sce against tf.keras</h1>
 <p class="verdict">$sentence</p>
-<p><code>$script --seed $seed --cases $count</code><br>
-torch_sce on $device, tf.keras on the CPU; $versions</p>
+<p><code>$command</code><br>
+torch_sce on $device; $oracle on the CPU; $versions</p>
 $mismatches
 <h2>Who is nearer to the truth</h2>
 <p>The largest error of each float32 case against the same rules in float64, in ulps: units of
@@ -340,9 +349,8 @@ def to_html(results: Results) -> str:
     return PAGE.substitute(
         sentence=html.escape(_sentence(results)),
         shade="#ffebe9" if results.mismatches else "#e3f3e8",
-        script=SCRIPT,
-        seed=results.seed,
-        count=len(results.verdicts),
+        command=html.escape(results.command),
+        oracle="the real tf.keras" if results.oracle == TARGET else "tf.keras's recorded answers",
         device=html.escape(results.device),
         versions=html.escape(", ".join(f"{k} {v}" for k, v in results.versions.items())),
         errors="<br>".join(map(html.escape, _error_lines(results))),

@@ -9,6 +9,8 @@ import os
 import pickle
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -44,16 +46,28 @@ def load(name: str):
     return losses, differentiate, {package: version(package) for package in (*packages, "numpy")}
 
 
+class Raised(Exception):
+    """What Keras raised: its answer, unlike an error in this file."""
+
+
+@contextmanager
+def keras_speaks() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise Raised from error
+
+
 def answer(losses, differentiate, case: dict) -> dict:
     """What that Keras makes of the case: value and gradient, or the error it raises."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             value, gradient = differentiate(losses, case)
-    except Exception as error:  # whatever Keras raises is its answer
+    except Raised as raised:
+        error = raised.__cause__
         text = str(error).split("}} ")[-1].splitlines()  # TensorFlow puts the operation first
         return {"error": type(error).__name__, "message": text[0][:300] if text else ""}
-    # Outside of the `try`: what fails here is our failure, and no answer of Keras's.
     result = {}
     for part, tensor in {"value": value, "gradient": gradient}.items():
         result[part], result[f"{part}_dtype"] = (None, None) if tensor is None else plain(tensor)
@@ -65,12 +79,13 @@ def evaluate(losses, case: dict, y_true, y_pred, mask):
     # Keras 2's class has no such arguments; at their defaults they need not be named.
     defaults = {"axis": -1, "dtype": None}
     options = {k: v for k, v in case["options"].items() if k not in defaults or v != defaults[k]}
-    if case["form"] == "function":
-        return losses.sparse_categorical_crossentropy(y_true, y_pred, **options)
-    if mask is not None:
+    if mask is not None and not case["as_lists"]:
         y_pred._keras_mask = mask
-    loss = losses.SparseCategoricalCrossentropy(**options)
-    return loss(y_true, y_pred, sample_weight=case["sample_weight"])
+    with keras_speaks():
+        if case["form"] == "function":
+            return losses.sparse_categorical_crossentropy(y_true, y_pred, **options)
+        loss = losses.SparseCategoricalCrossentropy(**options)
+        return loss(y_true, y_pred, sample_weight=case["sample_weight"])
 
 
 def with_tensorflow(losses, case: dict):
@@ -87,7 +102,8 @@ def with_tensorflow(losses, case: dict):
         value = evaluate(losses, case, y_true, y_pred, mask)
         upstream = case["upstream"][: int(tf.size(value))].reshape(value.shape)
         total = tf.reduce_sum(value * tf.cast(upstream, value.dtype))
-    return value, tape.gradient(total, x)
+    with keras_speaks():
+        return value, tape.gradient(total, x)
 
 
 def with_torch(losses, case: dict):
@@ -103,7 +119,8 @@ def with_torch(losses, case: dict):
     value = evaluate(losses, case, y_true, y_pred, mask)
     upstream = torch.tensor(case["upstream"][: value.numel()].reshape(value.shape))
     if value.requires_grad:
-        (value * upstream.to(value.dtype)).sum().backward()
+        with keras_speaks():
+            (value * upstream.to(value.dtype)).sum().backward()
     return value.detach(), x.grad
 
 
@@ -115,7 +132,7 @@ def with_jax(losses, case: dict):
         y_pred = case["y_pred"].tolist() if case["as_lists"] else x * 1
         y_true = case["y_true"].tolist() if case["as_lists"] else jnp.asarray(case["y_true"])
         mask = None if case["mask"] is None else jnp.asarray(case["mask"])
-        if mask is not None:
+        if mask is not None and not case["as_lists"]:
             from keras.src import backend
 
             backend.set_keras_mask(y_pred, mask)

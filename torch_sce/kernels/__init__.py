@@ -70,14 +70,15 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx, *upstream):
         g, (z, y, m, s) = upstream[0], ctx.saved_tensors
         if _needs_expression(g):
-            return _differentiable_gradients(g, z, y, ctx.clip), None, None
+            return _differentiable_gradients(g, z, y, ctx.clip).to(z.dtype), None, None
         return aten.backward(g, z, y, m, s, ctx.clip), None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
         z, y = ctx.saved_tensors
         one = torch.ones_like(y, dtype=aten.row_dtype(z))
-        return (_differentiable_gradients(one, z, y, ctx.clip) * tangents[0]).sum(1), None, None
+        slope = _differentiable_gradients(one, z, y, ctx.clip)
+        return (slope * tangents[0].to(slope.dtype)).sum(1), None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -102,6 +103,7 @@ def _needs_expression(g: Tensor) -> bool:
 
 
 def _differentiable_gradients(g: Tensor, z: Tensor, y: Tensor, clip: Clip) -> Tensor:
+    """The gradients as an expression in z, in the dtype rows are computed in."""
     wide = aten.blank_ignored(z.to(aten.row_dtype(z)), y)
     m, s, _ = aten.summarize(wide, y, clip)
-    return aten.row_gradients(g, wide, y, m, s, clip).to(z.dtype)
+    return aten.row_gradients(g, wide, y, m, s, clip)

@@ -33,6 +33,12 @@ if os.environ["TF_USE_LEGACY_KERAS"] == "0":
     made = loss(from_logits=True, ignore_class=-1, reduction="sum", axis=1, dtype="float64")
     z = tf.constant([[50.0, 0.0, -50.0]])
     facts["through softmax"] = float(loss()(np.array([2]), tf.keras.layers.Softmax()(z)))
+    model = tf.keras.Sequential([tf.keras.layers.Softmax()])
+    facts["in a training loop"] = float(loss()(np.array([2]), model(z)))
+    facts["of predict"] = float(loss()(np.array([2]), model.predict(z, verbose=0)))
+    facts["with ignore_class"] = float(loss(ignore_class=-1)(np.array([2]), model(z)))
+    half = tf.keras.layers.Softmax(dtype="float16")(z)
+    facts["in another dtype"] = float(loss()(np.array([2]), half))
     facts["of probabilities"] = float(loss()(np.array([2]), tf.nn.softmax(z)))
     facts["of logits"] = float(loss(from_logits=True)(np.array([2]), z))
 else:
@@ -260,7 +266,9 @@ def test_configs_of_keras_losses_are_taken(facts):
 
 def test_keras_looks_through_a_softmax_and_logits_match_it(facts):
     found = facts["keras 3"]
-    assert found["through softmax"] == found["of logits"] == 100
+    assert found["through softmax"] == found["in a training loop"] == found["of logits"] == 100
+    for lost in ("of predict", "with ignore_class", "in another dtype", "of probabilities"):
+        assert found[lost] == pytest.approx(16.118095, rel=1e-6), lost
     z = torch.tensor([[50.0, 0.0, -50.0]])
     assert value([2], z, from_logits=True) == found["of logits"]
     assert value([2], z.softmax(-1)) == pytest.approx(found["of probabilities"], rel=1e-6)

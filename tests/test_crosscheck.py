@@ -90,6 +90,8 @@ MUTATIONS = {
          ".to(torch.promote_types(self.dtype, y_pred.dtype))\n\n    def _cast")],
     "the loss in the predictions' half precision": [
         ("losses.py", ".to(self.dtype)\n\n    def _cast", ".to(y_pred.dtype)\n\n    def _cast")],
+    "sums in half precision": [
+        ("losses.py", "return reduce(losses,", "return reduce(losses.to(self.dtype),")],
     "halves clipped as float32 is": [
         ("functional.py", "None if from_logits else CLIP[dtype]",
          "None if from_logits else CLIP[torch.float32]")],

@@ -100,7 +100,7 @@ def with_tensorflow(losses, case: dict):
         y_pred = case["y_pred"].tolist() if case["as_lists"] else tf.identity(x)
         y_true = y_true.tolist() if case["as_lists"] else y_true
         value = evaluate(losses, case, y_true, y_pred, mask)
-        upstream = case["upstream"][: int(tf.size(value))].reshape(value.shape)
+        upstream = np.resize(case["upstream"], value.shape)
         total = tf.reduce_sum(value * tf.cast(upstream, value.dtype))
     with keras_speaks():
         return value, tape.gradient(total, x)
@@ -117,7 +117,7 @@ def with_torch(losses, case: dict):
     y_true = case["y_true"].tolist() if case["as_lists"] else torch.tensor(case["y_true"])
     mask = None if case["mask"] is None else torch.tensor(case["mask"])
     value = evaluate(losses, case, y_true, y_pred, mask)
-    upstream = torch.tensor(case["upstream"][: value.numel()].reshape(value.shape))
+    upstream = torch.tensor(np.resize(case["upstream"], tuple(value.shape)))
     if value.requires_grad:
         with keras_speaks():
             (value * upstream.to(value.dtype)).sum().backward()
@@ -138,7 +138,7 @@ def with_jax(losses, case: dict):
             backend.set_keras_mask(y_pred, mask)
             mask = None
         value = evaluate(losses, case, y_true, y_pred, mask)
-        upstream = case["upstream"][: value.size].reshape(value.shape)
+        upstream = np.resize(case["upstream"], value.shape)
         return (value * upstream.astype(value.dtype)).sum(), value
 
     x = jnp.asarray(case["y_pred"]).astype(case["y_pred_dtype"])

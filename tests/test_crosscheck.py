@@ -281,6 +281,20 @@ class TestCommand:
             code, out = self.run(capsys, "--case", str(index), "--oracle", "recorded")
             assert code == AGREEMENT and wanted in out
 
+    def test_cases_without_float32_are_reported_without_plots(self, capsys, tmp_path):
+        page = tmp_path / "page.html"
+        arguments = ("--cases", "100", "--filter", "dtype of y_pred: float64", "--html", str(page))
+        code, _ = self.run(capsys, "--oracle", "recorded", *arguments)
+        assert code == AGREEMENT
+        assert "<img" not in page.read_text() and "0 mismatches" in page.read_text()
+
+    def test_a_single_case_is_reported_too(self, capsys, tmp_path):
+        found, page = tmp_path / "found.json", tmp_path / "page.html"
+        arguments = ("--case", "0", "--json", str(found), "--html", str(page))
+        code, _ = self.run(capsys, "--oracle", "recorded", *arguments)
+        assert code == AGREEMENT and json.loads(found.read_text())["cases"] == 1
+        assert "cross_check.py --seed 0 --case 0 --oracle recorded" in page.read_text()
+
     def test_cases_that_were_not_recorded_are_exit_code_3(self, capsys):
         code, out = self.run(capsys, "--seed", "9", "--cases", "5", "--oracle", "recorded")
         assert code == NO_ORACLE

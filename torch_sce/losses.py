@@ -9,8 +9,6 @@ from . import functional
 from .functional import ArrayLike
 from .reduction import align, check_reduction, combine_masks, reduce
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 class SparseCategoricalCrossentropy(nn.Module):
     """The cross-entropy, in nats, between integer labels and predictions, weighted and averaged.
@@ -196,8 +194,8 @@ def _loss_dtype(dtype: Any) -> torch.dtype:
     else:  # np.dtype and tf.DType have a name, np.float32 is a class
         name = getattr(dtype, "name", getattr(dtype, "__name__", ""))
     found = getattr(torch, name or "-", None)
-    if found in DTYPES:
+    if found in functional.CLIP:
         return found
     error = TypeError if isinstance(found, torch.dtype) else ValueError
-    names = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    names = tuple(str(dtype).removeprefix("torch.") for dtype in functional.CLIP)
     raise error(f"dtype must be None or one of {names}, got {dtype!r}")

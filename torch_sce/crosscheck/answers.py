@@ -24,8 +24,8 @@ LIVE = (TARGET, "tf_keras", "keras-torch", "keras-jax")
 RECORDED = Path(__file__).with_name("recorded.npz")
 WORKER = Path(__file__).with_name("worker.py")
 INSTALL = {
-    "tf.keras": "pip install 'torch-sce[tensorflow]'",
-    "tf_keras": "pip install 'torch-sce[tensorflow]'",
+    "tf.keras": "pip install '.[tensorflow]'",
+    "tf_keras": "pip install '.[tensorflow]'",
     "keras-torch": "pip install keras",
     "keras-jax": "pip install keras jax",
 }

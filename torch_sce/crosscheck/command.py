@@ -148,9 +148,11 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
         poisons = options.device != "cpu"
         verdicts: list[Verdict] = []
         answers: list[Answer] = []
+        our_answers: list[Answer] = []
         for case, answer in _progress(console, cases, target.answers(cases)):
             answers.append(answer)
-            verdicts.append(judge(case, answer, ours(case, options.device), poisons))
+            our_answers.append(ours(case, options.device))
+            verdicts.append(judge(case, answer, our_answers[-1], poisons))
         others = []
         if other:
             console.print(f"Asking {options.oracle} ...", highlight=False)
@@ -159,18 +161,23 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
     arguments = [] if options.device == "cpu" else ["--device", options.device]
     if options.oracle == "recorded":
         arguments += ["--oracle", "recorded"]
+    if options.case is None:
+        filters = [part for wanted in options.filter for part in ("--filter", wanted)]
+        choice = ["--cases", str(options.cases), *filters]
+    else:
+        choice = ["--case", str(options.case)]
     results = report.Results(
-        verdicts, options.seed, target.name, versions, device, arguments, options.filter,
+        verdicts, options.seed, target.name, versions, device, arguments, choice,
         time.perf_counter() - start,
     )  # fmt: skip
     if options.record is not None:
         record(options.record, cases, answers, target.versions)
         console.print(f"Recorded {len(cases)} answers in {options.record}", highlight=False)
-    if options.case is not None:
-        mine = ours(cases[0], options.device)
-        console.print(report.details(verdicts[0], answers[0], mine), highlight=False)
-        return DISAGREEMENT if results.mismatches else AGREEMENT
-    report.print_tables(console, results)
+    if options.case is None:
+        report.print_tables(console, results)
+    else:
+        text = report.details(verdicts[0], answers[0], our_answers[0])
+        console.print(text, highlight=False)
     if other:
         report.print_comparison(console, options.oracle, other.versions, cases, answers, others)
     if options.json:
@@ -178,7 +185,8 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
     if options.html:
         options.html.write_text(report.to_html(results))
         console.print(f"Report: {options.html}", highlight=False)
-    report.print_conclusion(console, results)
+    if options.case is None:
+        report.print_conclusion(console, results)
     return DISAGREEMENT if results.mismatches else AGREEMENT
 
 

@@ -19,7 +19,7 @@ class Verdict:
     case: Case
     outcome: str  # AGREES, MISMATCH or DELIBERATE
     reason: str = ""  # what differs, the name of a deliberate difference, "raises" if both do
-    ulps: dict[str, float] = field(default_factory=dict)  # "our value", "Keras's gradient", ...
+    ulps: dict[str, float] = field(default_factory=dict)  # "ours, value", ...
 
 
 def judge(case: Case, keras: Answer, ours: Answer, poisons: bool = False) -> Verdict:
@@ -30,7 +30,7 @@ def judge(case: Case, keras: Answer, ours: Answer, poisons: bool = False) -> Ver
     right, refused = reference(case, poisons)
     wrong = differs_from_reference(ours, right, case)
     if wrong is not None:
-        return Verdict(case, MISMATCH, f"in float64, and ours: {wrong}")
+        return Verdict(case, MISMATCH, f"float64 and ours: {wrong}")
     difference = differs(keras, ours, right, case)
     if difference is None:
         raises = "raises" if keras.error else ""

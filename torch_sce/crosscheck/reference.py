@@ -166,10 +166,9 @@ def _from_logits(z: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     loss = (np.log(s) + gap)[..., 0]
     reach = np.where(e == 0, 0, distance)
     sums = growth(z.shape[-1]) + SLACK
-    loss_scale = (sums + 2 * (share * reach).sum(-1, keepdims=True) + 2 * np.log(s) + 2 * gap)[
-        ..., 0
-    ]
-    slope_scale = share * (2 * reach + 2 * (share * reach).sum(-1, keepdims=True) + sums)
+    weighted = 2 * (share * reach).sum(-1, keepdims=True)
+    loss_scale = (sums + weighted + 2 * np.log(s) + 2 * gap)[..., 0]
+    slope_scale = share * (2 * reach + weighted + sums)
     slope_scale = slope_scale + 2 * LEAST[dtype] / UNIT[dtype]  # exp may flush its result to zero
     return _Rows(loss, loss_scale, share - label, slope_scale + SLACK * label, share + label)
 
@@ -187,9 +186,8 @@ def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     sums = growth(q.shape[-1]) + SLACK
     weighted = 2 * (c / s * depth).sum(-1, keepdims=True)
     deepest = depth.max(-1, keepdims=True)
-    loss_scale = (sums + weighted + 2 * deepest + 2 * np.abs(np.log(s)) - 2 * np.log(at_label))[
-        ..., 0
-    ]
+    logs = np.abs(np.log(s)) - np.log(at_label)
+    loss_scale = (sums + weighted + 2 * deepest + 2 * logs)[..., 0]
     slope = np.where(inside, 1 / s - label / c, 0)
     size = np.where(inside, 1 / s + label / c, 0)
     slope = np.where(np.isnan(s) & inside, np.nan, slope)
@@ -216,10 +214,8 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         scale = rows.loss_scale * np.abs(each) + SLACK * np.abs(value)
         size = np.maximum(np.abs(loss), 1) * np.abs(each)
     else:
-        divisor, upstream = (
-            _divisor(loss, weight, mask, factor, reduction),
-            case.upstream[:1].item(),
-        )
+        divisor = _divisor(loss, weight, mask, factor, reduction)
+        upstream = case.upstream[:1].item()
         total = overflowed((loss * each).sum(), wide)
         value = _divide(total, divisor)
         if divisor == 0 and reduction != "mean_with_sample_weight":

@@ -49,8 +49,8 @@ class Results:
     oracle: str
     versions: dict[str, str]
     device: str
-    arguments: list[str]  # of the command line, but for the seed and the choice of cases
-    filters: list[str]
+    arguments: list[str]  # of the command line: which oracle and device
+    choice: list[str]  # and which cases of the seed
     seconds: float
 
     @property
@@ -88,9 +88,8 @@ class Results:
 
     @property
     def command(self) -> str:
-        """What drew all these cases, but for their number."""
-        filters = [part for wanted in self.filters for part in ("--filter", wanted)]
-        return shlex.join([*SCRIPT, "--seed", str(self.seed), *self.arguments, *filters])
+        """The command that draws all these cases."""
+        return shlex.join([*SCRIPT, "--seed", str(self.seed), *self.choice, *self.arguments])
 
 
 def print_tables(console: Console, results: Results) -> None:
@@ -130,9 +129,7 @@ def print_tables(console: Console, results: Results) -> None:
 def print_conclusion(console: Console, results: Results) -> None:
     for verdict in results.mismatches[:20]:
         reason = escape(verdict.reason)
-        console.print(
-            f"[red]Mismatch[/], tf.keras first: {reason}", highlight=False, soft_wrap=True
-        )
+        console.print(f"[red]Mismatch[/] of {reason}", highlight=False, soft_wrap=True)
         console.print(f"  {results.reproduce(verdict.case)}", highlight=False, soft_wrap=True)
     if len(results.mismatches) > 20:
         console.print(f"... and {len(results.mismatches) - 20} more", highlight=False)
@@ -203,7 +200,7 @@ def _outcome(verdict: Verdict) -> str:
     if verdict.outcome == AGREES:
         return "Agrees: both raise." if verdict.reason else "Agrees in value and gradient."
     if verdict.outcome == MISMATCH:
-        return f"Mismatch, tf.keras first: {verdict.reason}"
+        return f"Mismatch of {verdict.reason}"
     for row in DIFFERENCES:
         if row.name == verdict.reason:
             return f"Differs on purpose: {row.where}. tf.keras: {row.keras}. Here: {row.here}."
@@ -329,9 +326,7 @@ $mismatches
 <p>The largest error of each float32 case against the same rules in float64, in ulps: units of
 float32's spacing at the size of what is added up. Below the diagonal our answer is the nearer one.
 $errors</p>
-<img alt="error of both against float64" src="data:image/png;base64,$scatter">
-<img alt="share of cases below an error; error by number of classes"
- src="data:image/png;base64,$curves">
+$plots
 <h2>Where we differ on purpose</h2>
 <table><tr><th>where<th>tf.keras<th>here<th class="n">cases</tr>$deliberate</table>
 <h2>Cases by feature</h2>
@@ -345,7 +340,6 @@ $errors</p>
 
 def to_html(results: Results) -> str:
     """One file that needs no other."""
-    scatter, curves = _plots(results)
     return PAGE.substitute(
         sentence=html.escape(_sentence(results)),
         shade="#ffebe9" if results.mismatches else "#e3f3e8",
@@ -354,10 +348,9 @@ def to_html(results: Results) -> str:
         device=html.escape(results.device),
         versions=html.escape(", ".join(f"{k} {v}" for k, v in results.versions.items())),
         errors="<br>".join(map(html.escape, _error_lines(results))),
-        scatter=scatter,
-        curves=curves,
+        plots=_plots(results),
         mismatches="".join(
-            f"<p><b>Mismatch:</b> {html.escape(v.reason)}<br>"
+            f"<p><b>Mismatch</b> of {html.escape(v.reason)}<br>"
             f"<code>{results.reproduce(v.case)}</code></p>"
             for v in results.mismatches
         ),
@@ -394,7 +387,10 @@ def _code(text: str) -> str:
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
-def _plots(results: Results) -> tuple[str, str]:
+def _plots(results: Results) -> str:
+    """The errors as pictures; empty if no case is in float32, which is what they are of."""
+    if not any(verdict.ulps for verdict in results.verdicts):
+        return ""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -416,7 +412,7 @@ def _plots(results: Results) -> tuple[str, str]:
             xlabel="error of tf.keras [ulp]", ylabel="error of torch_sce [ulp]",
             title=f"{part}: {len(ours)} cases ({exact} stands for exact)",
         )  # fmt: skip
-    scatter = _png(figure)
+    scatter = _image(figure, "error of both against float64")
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for who, color, aside in zip(WHO, (ours_color, keras_color), (0.96, 1.04), strict=True):
@@ -442,12 +438,13 @@ def _plots(results: Results) -> tuple[str, str]:
     )  # fmt: skip
     for panel in panels:
         panel.legend(frameon=False, fontsize=9)
-    curves = _png(figure)
+    curves = _image(figure, "share of cases below an error; error by number of classes")
     plt.close("all")
-    return scatter, curves
+    return scatter + curves
 
 
-def _png(figure) -> str:
+def _image(figure, description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{description}" src="data:image/png;base64,{data}">\n'

@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from torch_sce.crosscheck.answers import TARGET, Answer, LiveOracle
 from torch_sce.crosscheck.cases import Case
+
+torch.set_num_threads(1)  # there are as many workers as cores
 
 
 @pytest.fixture(scope="session")

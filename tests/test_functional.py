@@ -103,7 +103,7 @@ def test_ignored_samples_have_no_loss_and_no_gradient(ignored):
     losses.sum().backward()
     kept = y != int(ignored)
     want = sparse_categorical_crossentropy(y[kept], z.detach()[kept], True)
-    assert torch.equal(losses[kept], want)
+    assert ulps(losses[kept], want.numpy(), want.clamp(min=1).numpy()) <= 4
     assert z.grad is not None and (losses[~kept] == 0).all() and (z.grad[~kept] == 0).all()
 
 

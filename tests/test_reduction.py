@@ -105,12 +105,13 @@ def test_scaling_the_weights_scales_the_loss_but_not_their_mean(batch, scale, re
 @settings(deadline=None)
 @given(batches())
 def test_the_losses_of_a_batch_are_those_of_its_parts(batch):
+    """To a few ulps: how a row is computed may depend on how many there are."""
     z, y = batch
     whole, _ = loss_and_gradient(y, z, reduction="none")
     parts = [
         loss_and_gradient(y[i : i + 1], z[i : i + 1], reduction="none")[0] for i in range(len(y))
     ]
-    assert torch.equal(whole, torch.cat(parts))
+    assert ulps(torch.cat(parts), whole.numpy(), whole.clamp(min=1).numpy()) <= 4
 
 
 @settings(deadline=None)
@@ -135,7 +136,8 @@ def test_shifting_all_logits_changes_nothing(batch, shift):
     z = np.round(z * 64) / 64  # so that the shift is exact
     value, gradient = loss_and_gradient(y, z, reduction="none")
     shifted, shifted_gradient = loss_and_gradient(y, z + np.float32(shift), reduction="none")
-    assert torch.equal(value, shifted) and torch.equal(gradient, shifted_gradient)
+    assert ulps(shifted, value.numpy(), value.clamp(min=1).numpy()) <= 4
+    assert ulps(shifted_gradient, gradient.numpy(), 1.0) <= 4
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .kernels import IGNORED, row_losses
+from .kernels import IGNORED, is_traced, row_losses
 
 ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
 
@@ -263,27 +263,31 @@ def sample_losses(
 ) -> Tensor:
     """One loss per label, and 0 where `counted` is false; clipped as `dtype` rounds the bounds."""
     y = class_numbers(labels)
-    check_range(labels, y, counted, y_pred.shape[axis], axis)
+    all_classes = check_range(labels, y, counted, y_pred.shape[axis], axis)
     if counted is not None:
         y = torch.where(counted, y, IGNORED)
-    before, behind = math.prod(y_pred.shape[:axis]), math.prod(y_pred.shape[axis + 1 :])
-    z = y_pred.reshape(before, y_pred.shape[axis], behind)
-    losses = row_losses(z, y.reshape(before, behind), None if from_logits else CLIP[dtype])
-    return losses.reshape(labels.shape)
+    z = y_pred if axis == y_pred.ndim - 1 else y_pred.movedim(axis, -1)
+    return row_losses(z, y, None if from_logits else CLIP[dtype], all_classes)
 
 
-def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int, axis: int) -> None:
-    """Raises for a label outside [0, classes), where reading the labels costs no wait.
+def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int, axis: int) -> bool:
+    """Whether every label is known to be a class.
 
-    That is on the CPU in eager mode. Elsewhere the kernels turn such a sample into NaN.
+    Raises for one that counts and is not, where reading the labels costs no wait. That is on the
+    CPU in eager mode. Elsewhere the kernels turn such a sample into NaN.
     """
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or _is_traced():
-        return
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or is_traced():
+        return False
+    if y.numel() == 0:
+        return True
+    low, high = y.aminmax()
+    if low.item() >= 0 and high.item() < classes:
+        return counted is None or bool(counted.all())
     outside = (y < 0) | (y >= classes)
     if counted is not None:
         outside &= counted
-    if not outside.any():
-        return
+        if not outside.any():
+            return False
     found = outside.nonzero()
     position = tuple(found[0].tolist())
     label = labels[position].item()
@@ -292,11 +296,6 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
         f"y_true must hold labels in [0, {classes}), the classes on axis {axis} of y_pred, "
         f"got {label} at position {position}{more}.{_label_hint(label, y, counted, classes)}"
     )
-
-
-def _is_traced() -> bool:
-    """Whether a transform or a tracing mode is active, under which values cannot be read."""
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _label_hint(label: float, y: Tensor, counted: Tensor | None, classes: int) -> str:

@@ -39,6 +39,8 @@ def reduce(
     """
     check_reduction(reduction)
     factor = _factor(losses, sample_weight, mask, reduction)
+    if factor is None and reduction in MEANS and losses.numel() > 0:
+        return losses.mean()
     values = losses if factor is None else losses * factor
     if reduction in ("none", None):
         return values

@@ -16,7 +16,9 @@ nats) and its gradient:
 
 The second row model is what tf.keras does to probabilities (clip, log, softmax cross-entropy)
 without its logarithms and its softmax. Summaries of disjoint slices of the classes merge: take
-the larger m, rescale and add s, add p (0 where the label lies in another slice).
+the larger m, rescale and add s, add p (0 where the label lies in another slice). Any m near the
+larger logits of a row serves as well as their maximum; where 0 is one, logits are a row of the
+second kind, with exp(z_j) in the place of c_j.
 
 Three traps of rounding shape this. `(m, s)` is kept for the backward pass and not m + log s: for
 logits with an offset of 1e5 that keeps the gradient's relative error at 7.5e-7, not 3.9e-3. The
@@ -24,70 +26,77 @@ loss of logits is log s + (m - p), not (m + log s) - p, which is off by 5e-4 at 
 And the loss of probabilities takes one logarithm: log s and log p are both near -15 where all
 the probabilities are tiny, and their difference keeps only the digits that -15 has left.
 
-Rows come as z (A, C, B) and y (A, B): the axes before the class axis, the class axis, the axes
-behind it. So a class axis anywhere is a view, and B is 1 where it is the last. A row whose label
-is `IGNORED` has loss 0 and gradient 0, whatever it holds. A row whose label is neither that nor a
-class has loss NaN and gradient NaN. Nothing here knows of weights, masks or averages: a weight is
-the upstream gradient g of its row.
+Rows come as z (..., C) and y (...). The last axis is the class axis, wherever it lies in memory,
+and nothing here copies predictions to have it elsewhere. A row whose label is `IGNORED` has loss
+0 and gradient 0, whatever it holds. A row whose label is neither that nor a class has loss NaN
+and gradient NaN. Nothing here knows of weights, masks or averages: a weight is the upstream
+gradient g of its row.
+
+`aten` has the definition, and serves any device. A module for one device has its `forward` and
+`backward`; what the first returns behind the losses is what the second is given at the end.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import aten
+from . import aten, cpu
 from .aten import IGNORED, Clip
 
 __all__ = ["IGNORED", "row_losses"]
 
+FEW = 2**9  # predictions for which PyTorch's overhead matters, and nothing else does
 
-def row_losses(z: Tensor, y: Tensor, clip: Clip = None) -> Tensor:
-    """The loss of every row, (A, B): float64 for float64 z, otherwise float32.
+
+def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = False) -> Tensor:
+    """The loss of every row, of y's shape: float64 for float64 z, otherwise float32.
 
     `clip` says what z holds: None for logits, (low, high) for probabilities to be clipped to
-    these inclusive bounds.
+    these inclusive bounds. `all_classes` says that every label is known to be a class.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses plain operations better than we could
+    if clip is None and all_classes and z.numel() <= FEW:
+        # The same formula as one operation: a function of our own takes longer to call.
+        return 0 - aten.at_label(z.to(aten.row_dtype(z)).log_softmax(-1), y)  # not -0.0
+    # The compiler fuses plain operations better than we could, and transforms need them.
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(z).tangent is not None
+    ):
         return aten.row_losses(z.to(aten.row_dtype(z)), y, clip)
-    return _RowLosses.apply(z, y, clip)[0]  # pyright: ignore[reportIndexIssue] apply is untyped
+    if y.ndim == 0:
+        return row_losses(z.unsqueeze(0), y.unsqueeze(0), clip, all_classes).squeeze(0)
+    if y.ndim > 1 and z.is_contiguous():
+        return row_losses(z.flatten(0, -2), y.flatten(), clip, all_classes).view(y.shape)
+    return _RowLosses.apply(z, y, clip, all_classes)
 
 
 class _RowLosses(torch.autograd.Function):
-    """(z, y, clip) -> (loss, m, s). Only the loss is differentiable, and only in z."""
+    """The losses of rows, by the kernels of z's device."""
 
     @staticmethod
-    def forward(z, y, clip):
-        return aten.forward(z, y, clip)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        z, y, ctx.clip = inputs
-        _, m, s = output
-        ctx.mark_non_differentiable(m, s)
-        ctx.save_for_backward(z, y, m, s)
-        ctx.save_for_forward(z, y)
+    def forward(ctx, z, y, clip, all_classes):
+        ctx.kernels, ctx.options = _kernels(z), (clip, all_classes)
+        loss, *summary = ctx.kernels.forward(z, y, clip, all_classes)
+        ctx.save_for_backward(z, y, *summary)
+        return loss
 
     @staticmethod
     def backward(ctx, *upstream):
-        g, (z, y, m, s) = upstream[0], ctx.saved_tensors
+        (g,), (z, y, *summary) = upstream, ctx.saved_tensors
         if _needs_expression(g):
-            return _differentiable_gradients(g, z, y, ctx.clip).to(z.dtype), None, None
-        return aten.backward(g, z, y, m, s, ctx.clip), None, None
+            return _differentiable_gradients(g, z, y, ctx.options[0]), None, None, None
+        return ctx.kernels.backward(g, z, y, *ctx.options, *summary), None, None, None
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        z, y = ctx.saved_tensors
-        one = torch.ones_like(y, dtype=aten.row_dtype(z))
-        slope = _differentiable_gradients(one, z, y, ctx.clip)
-        return (slope * tangents[0].to(slope.dtype)).sum(1), None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        """More rows: the mapped axis joins the first one."""
-        (z, y, clip), (z_dim, y_dim, _), size = inputs, in_dims, info.batch_size
-        z = z.expand(size, *z.shape) if z_dim is None else z.movedim(z_dim, 0)
-        y = y.expand(size, *y.shape) if y_dim is None else y.movedim(y_dim, 0)
-        outputs = _RowLosses.apply(z.flatten(0, 1), y.flatten(0, 1), clip)
-        return tuple(out.unflatten(0, y.shape[:2]) for out in outputs), (0, 0, 0)
+def _kernels(z: Tensor):
+    """The module for z's device. Under a tracing mode values cannot be looked at."""
+    return cpu if z.device.type == "cpu" and not is_traced() else aten
+
+
+def is_traced() -> bool:
+    """Whether a transform or a tracing mode is active, under which values cannot be read."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _needs_expression(g: Tensor) -> bool:
@@ -103,7 +112,7 @@ def _needs_expression(g: Tensor) -> bool:
 
 
 def _differentiable_gradients(g: Tensor, z: Tensor, y: Tensor, clip: Clip) -> Tensor:
-    """The gradients as an expression in z, in the dtype rows are computed in."""
+    """The gradients as an expression in z."""
     wide = aten.blank_ignored(z.to(aten.row_dtype(z)), y)
-    m, s, _ = aten.summarize(wide, y, clip)
-    return aten.row_gradients(g, wide, y, m, s, clip)
+    m, s, _ = aten.summarize(wide, y.clamp(0, z.shape[-1] - 1), clip)
+    return aten.row_gradients(g, wide, y, m, s, clip).to(z.dtype)

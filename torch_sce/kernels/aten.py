@@ -1,16 +1,18 @@
-"""The row formulas in PyTorch operations: their definition, and the path for the CPU.
+"""The row formulas in PyTorch operations: their definition, and the path for any device.
 
 `row_losses` is the plain, differentiable statement. `forward` and `backward` walk the rows a
-chunk at a time, so that what they compute with stays in cache: their only large tensor is the
+block at a time, so that what they compute with stays small: their only large tensor is the
 gradient itself. The formulas and the letters are explained in `torch_sce.kernels`.
 
-    z     (A, C, B)   logits, or probabilities if `clip` is given
-    y     (A, B)      label, int64
-    m s p (A, B)      the summary of a row
-    g     (A, B)      upstream gradient of the row's loss
-    clip              None for logits; (low, high) for probabilities, both bounds inclusive
+    z       (..., C)   logits, or probabilities if `clip` is given
+    y       (...)      label, int64
+    m s p   (...)      the summary of a row; p is q_y as it stands, `combine` clips it
+    g       (...)      upstream gradient of the row's loss
+    clip               None for logits; (low, high) for probabilities, both bounds inclusive
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,57 +23,57 @@ Clip = tuple[float, float] | None
 # The label of a row that does not count: loss 0, gradient 0. No data set has such a class.
 IGNORED = -(2**62)
 
-# Elements of scratch. About 1 MiB stays in a core's cache; elsewhere launches cost more.
-CPU_SCRATCH = 2**18
-DEVICE_SCRATCH = 2**26
+BLOCK = 2**26  # predictions at a time: on a device, launches cost more than memory
 
 
 def row_losses(z: Tensor, y: Tensor, clip: Clip) -> Tensor:
-    """The loss of every row, (A, B), in operations that autograd and the compiler understand."""
-    z = blank_ignored(z, y)
-    return combine(*summarize(z, y, clip), y, z.shape[1], clip)
+    """The loss of every row, in operations that autograd and the compiler understand."""
+    z, label = blank_ignored(z, y), y.clamp(0, z.shape[-1] - 1)
+    return only_counted(combine(*summarize(z, label, clip), clip), y, z.shape[-1])
 
 
 def summarize(z: Tensor, y: Tensor, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, s, p) of every row."""
+    """(m, s, p) of every row, whose label has to be a class."""
+    p = at_label(z, y)
     if clip is None:
-        m = z.detach().amax(1)  # cancels out of the loss, so no gradient need flow through it
-        s = (z - m.unsqueeze(1)).exp().sum(1)
-        return m, s, at_label(z, y)
-    c = z.clamp(*clip)
-    s = c.sum(1)
-    return torch.zeros_like(s), s, at_label(c, y)
+        m = z.detach().amax(-1)  # cancels out of the loss, so no gradient need flow through it
+        return m, (z - m.unsqueeze(-1)).exp().sum(-1), p
+    s = z.clamp(*clip).sum(-1)
+    return torch.zeros_like(s), s, p
 
 
-def combine(m: Tensor, s: Tensor, p: Tensor, y: Tensor, classes: int, clip: Clip) -> Tensor:
-    """The loss of every row: 0 where it is ignored, NaN where the label is no class."""
-    loss = s.log() + (m - p) if clip is None else (s / p).log()
-    return torch.where(y == IGNORED, 0, loss * one_or_nan(y, classes).to(s.dtype))
+def combine(m: Tensor, s: Tensor, p: Tensor, clip: Clip) -> Tensor:
+    """The loss of every row whose label is a class."""
+    return s.log() + (m - p) if clip is None else (s / p.clamp(*clip)).log()
 
 
 def row_gradients(g: Tensor, z: Tensor, y: Tensor, m: Tensor, s: Tensor, clip: Clip) -> Tensor:
-    """g times the derivative of every row's loss with respect to its z, (A, C, B)."""
-    classes = torch.arange(z.shape[1], device=z.device).view(1, -1, 1)
-    is_label = classes == y.unsqueeze(1)
-    g = (g * one_or_nan(y, z.shape[1]).to(g.dtype)).unsqueeze(1)
-    m, s = m.unsqueeze(1), s.unsqueeze(1)
+    """g times the derivative of every row's loss with respect to its z."""
+    is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
+    g = (g * one_or_nan(y, z.shape[-1]).to(g.dtype)).unsqueeze(-1)
+    m, s = m.unsqueeze(-1), s.unsqueeze(-1)
     if clip is None:
         dz = g * ((z - m).exp() / s - is_label.to(z.dtype))
     else:
         low, high = clip
         dz = g * (1 / s - is_label / z.clamp(low, high))
         dz = torch.where((low <= z) & (z <= high), dz, 0)
-    return torch.where((y == IGNORED).unsqueeze(1), 0, dz)
+    return torch.where((y == IGNORED).unsqueeze(-1), 0, dz)
 
 
 def blank_ignored(z: Tensor, y: Tensor) -> Tensor:
     """z with zeros in the rows that do not count: autograd would give them 0 * NaN otherwise."""
-    return torch.where((y == IGNORED).unsqueeze(1), 0, z)
+    return torch.where((y == IGNORED).unsqueeze(-1), 0, z)
 
 
 def at_label(z: Tensor, y: Tensor) -> Tensor:
-    """z_y, (A, B); any entry of the row where the label is no class."""
-    return z.gather(1, y.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    """z_y of every row."""
+    return z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+def only_counted(loss: Tensor, y: Tensor, classes: int) -> Tensor:
+    """The losses, with 0 for rows that are ignored and NaN where the label is no class."""
+    return torch.where(y == IGNORED, 0, loss * one_or_nan(y, classes).to(loss.dtype))
 
 
 def one_or_nan(y: Tensor, classes: int) -> Tensor:
@@ -80,22 +82,24 @@ def one_or_nan(y: Tensor, classes: int) -> Tensor:
     return torch.where(known, 1.0, torch.nan)
 
 
-def forward(z: Tensor, y: Tensor, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of every row and the (m, s) that `backward` needs, each (A, B)."""
+def forward(z: Tensor, y: Tensor, clip: Clip, all_classes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of every row, and the m and s that `backward` needs."""
     loss, m, s = (torch.empty_like(y, dtype=row_dtype(z)) for _ in range(3))
-    for rows in chunks(z):
-        chunk = z[rows].to(loss.dtype)
-        m[rows], s[rows], p = summarize(chunk, y[rows], clip)
-        loss[rows] = combine(m[rows], s[rows], p, y[rows], z.shape[1], clip)
-    return loss, m, s
+    for rows in blocks(y.shape, z.shape[-1], BLOCK):
+        label = y[rows].clamp(0, z.shape[-1] - 1)
+        m[rows], s[rows], p = summarize(z[rows].to(loss.dtype), label, clip)
+        loss[rows] = combine(m[rows], s[rows], p, clip)
+    return loss if all_classes else only_counted(loss, y, z.shape[-1]), m, s
 
 
-def backward(g: Tensor, z: Tensor, y: Tensor, m: Tensor, s: Tensor, clip: Clip) -> Tensor:
+def backward(
+    g: Tensor, z: Tensor, y: Tensor, clip: Clip, all_classes: bool, m: Tensor, s: Tensor
+) -> Tensor:
     """The gradient with respect to z, in z's shape and dtype."""
-    dz = torch.empty_like(z)
-    for rows in chunks(z):
-        chunk = z[rows].to(s.dtype)
-        dz[rows] = row_gradients(g[rows], chunk, y[rows], m[rows], s[rows], clip)
+    dz = empty_like(z)
+    for rows in blocks(y.shape, z.shape[-1], BLOCK):
+        block = z[rows].to(s.dtype)
+        dz[rows] = row_gradients(g[rows], block, y[rows], m[rows], s[rows], clip)
     return dz
 
 
@@ -104,9 +108,28 @@ def row_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-def chunks(z: Tensor) -> Iterator[slice]:
-    """Slices of the first axis, each of a size that suits the device."""
-    scratch = CPU_SCRATCH if z.device.type == "cpu" else DEVICE_SCRATCH
-    step = max(1, scratch // max(1, z.shape[1] * z.shape[2]))
-    for start in range(0, z.shape[0], step):
-        yield slice(start, start + step)
+def empty_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of z's shape, dense, with its axes in the order that z's have in memory."""
+    if z.is_contiguous():
+        return torch.empty_like(z, dtype=dtype)
+    order = sorted(range(z.ndim), key=z.stride, reverse=True)
+    return torch.empty_permuted(z.shape, order, dtype=dtype or z.dtype, device=z.device)
+
+
+def blocks(shape: torch.Size, classes: int, limit: int) -> Iterator[tuple[slice, ...]]:
+    """Slices that cover rows of this shape, each of at most `limit` predictions or of one row.
+
+    They come in the order of memory: one axis is cut, those before it are walked step by step,
+    those behind it stay whole.
+    """
+    if math.prod(shape) * classes <= limit:
+        yield ()
+        return
+    behind = [math.prod(shape[axis + 1 :]) * classes for axis in range(len(shape))]
+    cut = next((axis for axis, size in enumerate(behind) if size <= limit), len(shape) - 1)
+    count = -(-shape[cut] // max(1, limit // behind[cut]))
+    step = -(-shape[cut] // count)
+    for position in itertools.product(*(range(size) for size in shape[:cut])):
+        before = tuple(slice(i, i + 1) for i in position)
+        for start in range(0, shape[cut], step):
+            yield (*before, slice(start, start + step))

@@ -1,0 +1,226 @@
+"""The benchmark measures what it says, and says what it could not measure."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import benchmark
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+Case, Result = benchmark.Case, benchmark.Result
+OURS, CROSS_ENTROPY, COMPILED = benchmark.OURS, benchmark.CROSS_ENTROPY, benchmark.COMPILED
+SHORT = (0.0, 2)  # seconds and rounds for a case
+
+# One of each kind, as the real list has them.
+SMALL = (
+    Case((6, 40), floors={CROSS_ENTROPY: (1e-6, 1e6)}, quick=True),
+    Case((2, 3, 40)),
+    Case((2, 5, 4, 3), axis=1),
+    Case((6, 40), dtype="bfloat16"),
+    Case((6, 40), half_ignored=True),
+    Case((6, 40), "probabilities", {benchmark.OF_LOG: (1.0, 1.0)}, quick=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a peer sets is set back."""
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    monkeypatch.setenv("KERAS_TORCH_DEVICE", "cpu")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "CASES", SMALL)
+    monkeypatch.setattr(
+        benchmark, "SWEEP", (Case((40, 10), quick=True), Case((4, 100), quick=True))
+    )
+    for effort in ("QUICK", "FULL", "TF_EFFORT"):
+        monkeypatch.setattr(benchmark, effort, SHORT)
+    monkeypatch.setattr(benchmark, "SAMPLE", 1e-5)
+
+
+def run(folder: Path, *arguments: str) -> dict:
+    """What a run writes as JSON."""
+    file = folder / "out.json"
+    threads = str(torch.get_num_threads())
+    places = ("--json", str(file), "--plots", str(folder), "--threads", threads)
+    assert benchmark.main([*places, *arguments]) == 0
+    return json.loads(file.read_text())
+
+
+def test_a_quick_run_prints_tables_and_writes_json_and_pictures(small, tmp_path, capsys):
+    found = run(tmp_path, "--quick", "--peers", f"{CROSS_ENTROPY},{benchmark.OF_LOG},tf.keras")
+    printed = capsys.readouterr()
+    assert "logits (6, 40)" in printed.out and CROSS_ENTROPY in printed.out
+    assert "Missing: tf.keras (left out by --quick)" in printed.out
+    assert printed.out.splitlines()[-1].endswith("of 4 ratios reach their floor")
+    assert "1 of 2: logits (6, 40)" in printed.err
+    for name in ("benchmark-speed.png", "benchmark-classes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert len(found["cases"]) == 2 and len(found["sweep"]) == 2
+    assert {"date", "options", "machine", "versions"} <= found.keys()
+    samples = found["cases"][0]["seconds"][CROSS_ENTROPY]["both"]
+    assert len(samples) == 2 and min(samples) > 0
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_every_candidate_computes_the_same_loss(case):
+    peers = [name for name in benchmark.PEERS if name not in (COMPILED, benchmark.NONE_IGNORED)]
+    result = benchmark.measure(case, peers, "cpu", SHORT)
+    assert not result.missing
+    assert result.peers
+    # Keras sums probabilities' logarithms without a softmax; rows of bfloat16 sum to 1 +- 2^-8.
+    tolerance = 1e-2 if case.dtype == "bfloat16" else 1e-5
+    for name, loss in result.losses.items():
+        assert loss == pytest.approx(result.losses[OURS], rel=tolerance), name
+
+
+def test_every_floor_has_a_peer_that_takes_the_case():
+    for case in benchmark.CASES:
+        tiny = dataclasses.replace(case, shape=tuple(min(size, 9) for size in case.shape))
+        for peer in case.floors:
+            assert benchmark.CANDIDATES[peer](tiny, "cpu") is not None
+
+
+def test_half_of_the_labels_are_ignored_and_the_others_are_the_same():
+    ignored, whole = (benchmark.labels(Case((64, 10), half_ignored=half)) for half in (True, False))
+    assert (ignored == -100).sum() == 32
+    assert torch.equal(ignored[ignored != -100], whole[ignored != -100])
+
+
+def test_ours_with_none_ignored_counts_every_label():
+    case = Case((64, 10), half_ignored=True)
+    peer = benchmark.ours_none_ignored(case, "cpu")
+    z = benchmark.predictions(case)
+    want = torch.nn.functional.cross_entropy(z, benchmark.labels(Case((64, 10))))
+    assert peer is not None
+    assert peer(benchmark.labels(case), z).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_the_real_tf_keras_is_measured_on_the_same_numbers(small, tmp_path, capsys):
+    found = run(tmp_path, "--peers", "tf.keras")
+    assert found["versions"]["tf.keras"]
+    for case in found["cases"]:
+        if case["case"]["axis"] == 1 or case["case"]["half_ignored"]:
+            assert "tf.keras" not in case["seconds"]
+        elif case["case"]["dtype"] == "float32":
+            assert case["losses"]["tf.keras"] == pytest.approx(case["losses"][OURS], rel=1e-5)
+            assert len(case["seconds"]["tf.keras"]["both"]) >= 2
+    assert "Missing" not in capsys.readouterr().out
+
+
+def test_a_peer_that_cannot_be_imported_is_missing_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "keras", None)
+    result = benchmark.measure(SMALL[0], [benchmark.KERAS_TORCH], "cpu", SHORT)
+    assert benchmark.KERAS_TORCH not in result.seconds
+    assert result.missing[benchmark.KERAS_TORCH].startswith("ModuleNotFoundError: import of keras")
+    benchmark.print_times(Console(width=130), [result])
+    assert "Missing: Keras on torch (ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_when_called_is_missing_with_the_reason(monkeypatch):
+    def build(_case, _device):
+        def loss(_y_true, _y_pred):
+            raise RuntimeError("\n  no C++ compiler\nand much more")
+
+        return loss
+
+    monkeypatch.setitem(benchmark.CANDIDATES, COMPILED, build)
+    result = benchmark.measure(SMALL[0], [COMPILED], "cpu", SHORT)
+    assert result.missing == {COMPILED: "RuntimeError: no C++ compiler"}
+
+
+def test_a_worker_that_ends_in_an_error_leaves_tf_keras_missing(small, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ImportError('no tensorflow here')")
+    monkeypatch.setattr(benchmark, "__file__", str(broken))
+    found = run(tmp_path, "--peers", "tf.keras")
+    assert found["cases"][0]["missing"] == {"tf.keras": "ImportError: no tensorflow here"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "nobody"], r"'nobody' is none of these"),
+        (["--plots", "nowhere/at/all"], "there is no such folder"),
+        (["--json", "nowhere/out.json"], "there is no folder nowhere"),
+        (["--json", "."], "is a folder"),
+        (["--device", "abacus"], "must be cpu, cuda, or cuda:NUMBER"),
+        (["--device", "cuda:99"], "finds no such CUDA device"),
+        (["--threads", "0"], "must be at least 1"),
+    ],
+)
+def test_wrong_usage_ends_with_2_before_anything_is_measured(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "--peers" not in arguments or all(f"  {name}" in said for name in benchmark.NAMES)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
+def test_the_peak_of_a_known_allocation_is_seen():
+    size = 64 * 2**20
+    peak = benchmark.peak_memory(lambda: torch.ones(size // 4), "cpu")
+    assert peak is not None and 60 * 2**20 <= peak <= 72 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
+def test_the_peak_counts_what_is_freed_within_the_call():
+    def call():
+        torch.ones(16 * 2**20).sum()
+        torch.ones(8 * 2**20).sum()
+
+    peak = benchmark.peak_memory(call, "cpu")
+    assert peak is not None and 60 * 2**20 <= peak <= 72 * 2**20
+
+
+def test_what_cannot_be_measured_is_no_peak(monkeypatch):
+    def refused(_call, _device):
+        raise PermissionError
+
+    monkeypatch.setattr(benchmark, "linux_peak", refused)
+    assert benchmark.peak_memory(lambda: None, "cpu") is None
+
+
+def made_up(peer_forward, peer_both):
+    """Ours takes 1 and 2 seconds; medians differ from means."""
+    case = Case((4, 8), floors={CROSS_ENTROPY: (1.5, 2.0)})
+    seconds = {
+        OURS: {"forward": [1.0, 1.0, 9.0], "both": [0.1, 2.0, 2.0]},
+        CROSS_ENTROPY: {"forward": [0.0, peer_forward, 99.0], "both": [peer_both] * 3},
+        benchmark.COPY: {"at hand": [0.5], "fresh": [1.0]},
+    }
+    return Result(case, seconds)
+
+
+def test_ratios_are_of_medians_and_a_floor_is_reached_by_equality():
+    result = made_up(1.5, 3.9)
+    assert result.ratio(CROSS_ENTROPY, "forward") == 1.5
+    assert result.ratio(CROSS_ENTROPY, "both") == pytest.approx(1.95)
+    assert result.reaches(CROSS_ENTROPY, "forward") is True
+    assert result.reaches(CROSS_ENTROPY, "both") is False
+    assert benchmark.conclusion([result, made_up(3, 4)]) == "3 of 4 ratios reach their floor"
+    assert result.nanoseconds(OURS, "both") == 2e9 / 32
+    assert np.isnan(result.median(COMPILED, "both"))
+
+
+def test_a_missed_floor_is_marked_in_the_table(capsys):
+    benchmark.print_times(Console(width=130), [made_up(1.5, 3.9)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if CROSS_ENTROPY in line)
+    assert "below 1.95 (2.0)" in line and "below 1.50" not in line
+
+
+def test_memory_above_its_limit_is_marked_where_there_are_many_classes():
+    memory = {OURS: {"forward": 0.01, "both": 1.2}}
+    many, few = (Result(Case((4, classes)), memory=memory) for classes in (1000, 999))
+    assert benchmark._memory(many, OURS, "both") == "[red]above 1.20[/]"
+    assert benchmark._memory(many, OURS, "forward") == "0.01"
+    assert benchmark._memory(few, OURS, "both") == "1.20"
+    assert benchmark._memory(few, CROSS_ENTROPY, "both") == "-"

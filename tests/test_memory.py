@@ -1,0 +1,58 @@
+"""How much memory a loss takes beyond its predictions, as the operating system sees it."""
+
+import sys
+
+import pytest
+import torch
+from benchmark import FORWARD, peak_memory
+
+from torch_sce import SparseCategoricalCrossentropy
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+SIZE = 2**13 * 1000  # predictions: 31 MiB of float32
+
+
+CASES = {
+    "plain": {},
+    "ignored classes": {"ignored": True},
+    "mask": {"mask": True},
+    "weights": {"weight": True},
+    "all of them": {"ignored": True, "mask": True, "weight": True},
+    "too large for m = 0": {"offset": 200.0},
+    "all but the last": {"layout": lambda z: z.view(8, -1, 32000)[:, :-1]},
+    "all but the last, ignored": {
+        "layout": lambda z: z.view(8, -1, 32000)[:, :-1], "ignored": True,
+    },
+    "channels first": {"layout": lambda z: z.view(4, 1000, 64, -1), "axis": 1},
+    "channels first, ignored": {
+        "layout": lambda z: z.view(4, 1000, 64, -1), "axis": 1, "ignored": True,
+    },
+    "channels last": {"layout": lambda z: z.view(4, 64, -1, 1000).movedim(-1, 1), "axis": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("from_logits, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize("case", CASES)
+def test_no_mode_takes_a_second_tensor_of_the_size_of_the_predictions(case, from_logits, dtype):
+    """The gradient is one such tensor; for the rest there is a block of 1 MiB, and rows."""
+    options = {"axis": -1, "layout": lambda z: z.view(-1, 32000), "offset": 0.0, **CASES[case]}
+    z = torch.arange(SIZE, dtype=torch.int16).to(dtype).mul_(2**-13).add_(options["offset"])
+    z = options["layout"](z if from_logits else z.sigmoid_())
+    axis = options["axis"] % z.ndim
+    shape = (*z.shape[:axis], *z.shape[axis + 1 :])
+    y = torch.randint(0, z.shape[axis], shape)
+    if "ignored" in options:
+        y[torch.rand(shape) < 0.5] = -1
+    given = {
+        "sample_weight": torch.rand(shape) if "weight" in options else None,
+        "mask": torch.rand(shape) < 0.5 if "mask" in options else None,
+    }
+    loss = SparseCategoricalCrossentropy(from_logits=from_logits, ignore_class=-1, axis=axis)
+    leaf = z.detach().requires_grad_()
+    size = z.numel() * z.element_size()
+    block = 3 * 2**20  # in the predictions' dtype, in float32, and what malloc does not reuse
+    forward = peak_memory(lambda: loss(y, z, **given), "cpu", FORWARD)
+    both = peak_memory(lambda: torch.autograd.grad(loss(y, leaf, **given), leaf), "cpu")
+    assert forward is not None and forward < 0.02 * size + block
+    assert both is not None and 0.9 * size < both < 1.03 * size + block

@@ -1,18 +1,18 @@
 """Each way a row can be computed.
 
 By the CPU's kernels in one block or in many, with rows that do not count left out; by those of
-any device; by PyTorch, if there are few predictions.
+any device; by PyTorch, where there are few predictions.
 """
 
 from torch_sce import kernels
 from torch_sce.kernels import aten, cpu
 
 PATHS = {
-    "few": {},
-    "cpu": {"FEW": 0},
-    "cpu, many blocks": {"FEW": 0, "BLOCK": 20, "SAMPLE": 20, "ROWS": 3, "LONG": 2},
-    "any device": {"FEW": 0, "_kernels": lambda z: aten},
-    "any device, many blocks": {"FEW": 0, "_kernels": lambda z: aten, "BLOCK": 20},
+    "small": {},
+    "cpu": {"SMALL": 0},
+    "cpu, many blocks": {"SMALL": 0, "BLOCK": 20, "SAMPLE": 20, "ROWS": 3, "LONG": 2},
+    "any device": {"SMALL": 0, "_kernels": lambda z: aten},
+    "any device, many blocks": {"SMALL": 0, "_kernels": lambda z: aten, "BLOCK": 20},
 }
 
 

@@ -45,8 +45,6 @@ from .aten import IGNORED, Clip
 
 __all__ = ["IGNORED", "row_losses"]
 
-FEW = 2**9  # predictions for which PyTorch's overhead matters, and nothing else does
-
 
 def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = False) -> Tensor:
     """The loss of every row, of y's shape: float64 for float64 z, otherwise float32.
@@ -54,9 +52,6 @@ def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = Fals
     `clip` says what z holds: None for logits, (low, high) for probabilities to be clipped to
     these inclusive bounds. `all_classes` says that every label is known to be a class.
     """
-    if clip is None and all_classes and z.numel() <= FEW:
-        # The same formula as one operation: a function of our own takes longer to call.
-        return 0 - aten.at_label(z.to(aten.row_dtype(z)).log_softmax(-1), y)  # not -0.0
     # The compiler fuses plain operations better than we could, and transforms need them.
     if (
         torch.compiler.is_compiling()
@@ -68,6 +63,8 @@ def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = Fals
         return row_losses(z.unsqueeze(0), y.unsqueeze(0), clip, all_classes).squeeze(0)
     if y.ndim > 1 and z.is_contiguous():
         return row_losses(z.flatten(0, -2), y.flatten(), clip, all_classes).view(y.shape)
+    if clip is None and _kernels(z) is cpu and cpu.is_small(z):
+        return cpu.small_losses(z, y, all_classes)
     return _RowLosses.apply(z, y, clip, all_classes)
 
 

@@ -21,12 +21,15 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import aten
 from .aten import IGNORED, Clip, blocks, empty_like
 
-BLOCK = 2**18  # predictions at a time, 1 MiB of float32
+SMALL = 2**17  # predictions, for which it is PyTorch's overhead that matters
+VECTOR = 16  # classes; with fewer, PyTorch's own softmax is slow
+BLOCK = 2**18  # predictions at a time, if there are many: 1 MiB of float32
 SAMPLE = 2**14  # predictions that tell whether to try m = 0
 ROWS = 2**16  # rows at a time, where each is one number
 LONG = 256  # classes from which on it pays to pick out the rows that count
@@ -38,6 +41,27 @@ LEAST = {torch.float32: -87.0, torch.float64: -708.0}  # exp of these has all it
 
 Slices = tuple[slice, ...]  # a block of rows, as an index into y
 Picked = tuple[tuple[int, ...], Tensor]  # rows picked along y's last axis, at one position
+
+
+def is_small(z: Tensor) -> bool:
+    """Whether `small_losses` takes less time than `forward` and `backward`."""
+    return z.numel() <= (SMALL if z.shape[-1] >= VECTOR else SMALL // VECTOR)
+
+
+def small_losses(z: Tensor, y: Tensor, all_classes: bool) -> Tensor:
+    """The loss of every row of logits, by PyTorch's own function.
+
+    It takes less time to call than a function of ours, and more memory.
+    """
+    label, ignored, poison = _labels(y, z.shape[-1], all_classes)
+    z = z.to(aten.row_dtype(z))
+    if ignored is not None:
+        z = z.masked_fill(ignored.unsqueeze(-1), 0)  # whatever they hold
+    z = z if z.ndim == 2 else z.movedim(-1, 1)
+    loss = F.cross_entropy(z, label, reduction="none") + 0  # never -0.0
+    if poison is not None:
+        loss = loss * poison
+    return loss if ignored is None else loss.masked_fill(ignored, 0)
 
 
 def forward(
@@ -220,7 +244,7 @@ def _picked(z: Tensor, ignored: Tensor | None) -> list[Picked] | None:
     return [
         (position, index)
         for position in itertools.product(*map(range, before))
-        for index in (~ignored[position]).nonzero().squeeze(1).split(max(1, BLOCK // classes))
+        for index in (~ignored[position]).nonzero().squeeze(1).split(max(1, _block(z) // classes))
         if len(index)
     ]
 
@@ -253,7 +277,12 @@ def _copies(z: Tensor, picked: list[Picked]) -> Iterator[Tensor]:
 
 def _slices(z: Tensor) -> list[Slices]:
     """All the rows, a block at a time."""
-    return list(blocks(z.shape[:-1], z.shape[-1], BLOCK))
+    return list(blocks(z.shape[:-1], z.shape[-1], _block(z)))
+
+
+def _block(z: Tensor) -> int:
+    """How many predictions to take at a time: a thirty-second, so far as that pays."""
+    return min(BLOCK, max(BLOCK // 4, z.numel() // 32))
 
 
 def _sample(z: Tensor) -> Tensor:

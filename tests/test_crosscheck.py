@@ -100,8 +100,8 @@ MUTATIONS = {
     "bad labels not refused": [
         ("functional.py", "    found = outside.nonzero()", "    return False\n    found = 0")],
     "float64 kept by default": [
-        ("losses.py", "return y_pred if widens else",
-         "return y_pred if widens or y_pred.dtype == torch.float64 else"),
+        ("losses.py", "return y_pred if widens or",
+         "return y_pred if y_pred.dtype == torch.float64 or widens or"),
         ("losses.py", ".to(self.dtype)\n\n    def _cast",
          ".to(torch.promote_types(self.dtype, y_pred.dtype))\n\n    def _cast")],
     "the loss in the predictions' half precision": [

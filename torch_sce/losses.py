@@ -112,7 +112,7 @@ class SparseCategoricalCrossentropy(nn.Module):
     def _cast(self, y_pred: Tensor) -> Tensor:
         # The kernels widen halves to float32 row by row, without a copy of the whole tensor.
         widens = self.dtype == torch.float32 and y_pred.dtype in functional.HALVES
-        return y_pred if widens else y_pred.to(self.dtype)
+        return y_pred if widens or y_pred.dtype == self.dtype else y_pred.to(self.dtype)
 
     def as_criterion(self) -> nn.Module:
         """This loss as a module called with predictions first: `criterion(input, target)`.

@@ -63,27 +63,29 @@ def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = Fals
         return row_losses(z.unsqueeze(0), y.unsqueeze(0), clip, all_classes).squeeze(0)
     if y.ndim > 1 and z.is_contiguous():
         return row_losses(z.flatten(0, -2), y.flatten(), clip, all_classes).view(y.shape)
-    if clip is None and _kernels(z) is cpu and cpu.is_small(z):
+    kernels = _kernels(z)
+    if kernels is cpu and clip is None and cpu.is_small(z):
         return cpu.small_losses(z, y, all_classes)
-    return _RowLosses.apply(z, y, clip, all_classes)
+    return _RowLosses.apply(z, y, clip, all_classes, kernels)
 
 
 class _RowLosses(torch.autograd.Function):
     """The losses of rows, by the kernels of z's device."""
 
     @staticmethod
-    def forward(ctx, z, y, clip, all_classes):
-        ctx.kernels, ctx.options = _kernels(z), (clip, all_classes)
-        loss, *summary = ctx.kernels.forward(z, y, clip, all_classes)
+    def forward(ctx, z, y, clip, all_classes, kernels):
+        ctx.kernels, ctx.options = kernels, (clip, all_classes)
+        loss, *summary = kernels.forward(z, y, clip, all_classes)
         ctx.save_for_backward(z, y, *summary)
         return loss
 
     @staticmethod
     def backward(ctx, *upstream):
         (g,), (z, y, *summary) = upstream, ctx.saved_tensors
+        no_more = (None, None, None, None)
         if _needs_expression(g):
-            return _differentiable_gradients(g, z, y, ctx.options[0]), None, None, None
-        return ctx.kernels.backward(g, z, y, *ctx.options, *summary), None, None, None
+            return _differentiable_gradients(g, z, y, ctx.options[0]), *no_more
+        return ctx.kernels.backward(g, z, y, *ctx.options, *summary), *no_more
 
 
 def _kernels(z: Tensor):

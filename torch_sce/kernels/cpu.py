@@ -30,7 +30,7 @@ from .aten import IGNORED, Clip, blocks, empty_like
 SMALL = 2**17  # predictions, for which it is PyTorch's overhead that matters
 VECTOR = 16  # classes; with fewer, PyTorch's own softmax is slow
 BLOCK = 2**18  # predictions at a time, if there are many: 1 MiB of float32
-SAMPLE = 2**14  # predictions that tell whether to try m = 0
+SAMPLE = 2**12  # predictions that tell whether to try m = 0
 ROWS = 2**16  # rows at a time, where each is one number
 LONG = 256  # classes from which on it pays to pick out the rows that count
 
@@ -54,11 +54,12 @@ def small_losses(z: Tensor, y: Tensor, all_classes: bool) -> Tensor:
     It takes less time to call than a function of ours, and more memory.
     """
     label, ignored, poison = _labels(y, z.shape[-1], all_classes)
-    z = z.to(aten.row_dtype(z))
     if ignored is not None:
         z = z.masked_fill(ignored.unsqueeze(-1), 0)  # whatever they hold
-    z = z if z.ndim == 2 else z.movedim(-1, 1)
-    loss = F.cross_entropy(z, label, reduction="none") + 0  # never -0.0
+    if z.ndim > 2:
+        z = z.movedim(-1, 1)
+    wide = z if z.dtype == aten.row_dtype(z) else z.float()
+    loss = F.cross_entropy(wide, label, reduction="none") + 0  # never -0.0
     if poison is not None:
         loss = loss * poison
     return loss if ignored is None else loss.masked_fill(ignored, 0)

@@ -125,16 +125,17 @@ def _labels(
 
 
 def _summaries(z: Tensor, ignored: Tensor | None, clip: Clip) -> tuple[Tensor | None, Tensor]:
-    """(m, s) of every row; (0, 1) of one that is not read."""
+    """(m, s) of every row; (1, 1) of one that is not read."""
     picked = _picked(z, ignored)
-    counted = None if picked is None or ignored is None else ~ignored
     if clip is not None:
-        return None, _sums(partial(torch.clamp, min=clip[0], max=clip[1]), z, picked, counted)
+        return None, _sums(partial(torch.clamp, min=clip[0], max=clip[1]), z, picked)
     if z.dtype == torch.float64 or not _within(_sample(z), SAFE_LOGITS):
-        pairs = [_shifted_sums(block, out) for block, out in _walk(z, picked)]
-        m, s = ([pair[i] for pair in pairs] for i in (0, 1))
-        return _joined(m, z, counted), _joined(s, z, counted)
-    s = _sums(torch.exp, z, picked, counted)
+        m, s = _ones(z), _ones(z)
+        rows = _rows(z, picked)
+        for at, (block, out) in zip(rows, _walk(z, picked), strict=True):
+            m[at], s[at] = _shifted_sums(block, out)
+        return m, s
+    s = _sums(torch.exp, z, picked)
     if _within(s, SAFE_SUMS):
         return None, s
     m = torch.zeros_like(s)
@@ -144,15 +145,19 @@ def _summaries(z: Tensor, ignored: Tensor | None, clip: Clip) -> tuple[Tensor | 
     return m, s
 
 
-def _sums(
-    weigh: Callable[..., Tensor], z: Tensor, picked: list[Picked] | None, counted: Tensor | None
-) -> Tensor:
+def _sums(weigh: Callable[..., Tensor], z: Tensor, picked: list[Picked] | None) -> Tensor:
     """The sum of a function of every row's z.
 
     A product with ones would be faster where classes are few, but may be computed in bfloat16.
     """
-    sums = [weigh(block, out=out).sum(-1) for block, out in _walk(z, picked)]
-    return _joined(sums, z, counted)
+    s, rows = _ones(z), _rows(z, picked)
+    if picked is None:
+        for part, (block, out) in zip(_views(s, rows), _walk(z, picked), strict=True):
+            torch.sum(weigh(block, out=out), -1, out=part)
+    else:
+        for at, (block, out) in zip(rows, _walk(z, picked), strict=True):
+            s[at] = weigh(block, out=out).sum(-1)
+    return s
 
 
 def _shifted_sums(block: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +180,8 @@ def _losses(m: Tensor | None, s: Tensor, p: Tensor, clip: Clip) -> Tensor:
     as exp(p) has the rounding that it has in s.
     """
     if m is None and clip is None and _within(p, SAFE_LOGITS):
-        return (s / p.exp()).log_()
+        loss = p.exp()
+        return torch.div(s, loss, out=loss).log_()
     if m is None:
         m = torch.zeros_like(s)
     loss = torch.empty_like(s)
@@ -195,7 +201,7 @@ def _write_slopes(
     picked: list[Picked] | None,
 ) -> None:
     """Writes r exp(z - m), or r where a probability is not clipped: dz but at the labels."""
-    rows = _slices(z) if picked is None else [(*position, index) for position, index in picked]
+    rows = _rows(z, picked)
     shifts, factors = _views(m, rows), _views(r, rows)
     if picked is None and dz.dtype == r.dtype:
         parts = zip(_views(z, rows), shifts, factors, _views(dz, rows), strict=True)
@@ -276,14 +282,22 @@ def _copies(z: Tensor, picked: list[Picked]) -> Iterator[Tensor]:
         yield block.copy_(torch.index_select(z[position], 0, index, out=copy))
 
 
+def _rows(z: Tensor, picked: list[Picked] | None) -> list[tuple]:
+    """The rows of every block, as an index into y."""
+    return _slices(z) if picked is None else [(*position, index) for position, index in picked]
+
+
 def _slices(z: Tensor) -> list[Slices]:
     """All the rows, a block at a time."""
     return list(blocks(z.shape[:-1], z.shape[-1], _block(z)))
 
 
 def _block(z: Tensor) -> int:
-    """How many predictions to take at a time: a thirty-second, so far as that pays."""
-    return min(BLOCK, max(BLOCK // 4, z.numel() // 32))
+    """How many predictions to take at a time.
+
+    A thirty-second, so far as that pays; all of `BLOCK` where the numbers of the rows are more.
+    """
+    return BLOCK if z.shape[-1] < LONG else min(BLOCK, max(BLOCK // 2, z.numel() // 32))
 
 
 def _sample(z: Tensor) -> Tensor:
@@ -293,6 +307,11 @@ def _sample(z: Tensor) -> Tensor:
         every.append(max(1, min(share, size // few)))
         share //= every[-1]
     return z[tuple(slice(None, None, step) for step in every)]
+
+
+def _ones(z: Tensor) -> Tensor:
+    """A number for every row of z."""
+    return z.new_ones(z.shape[:-1], dtype=aten.row_dtype(z))
 
 
 def _zeros_like(z: Tensor) -> Tensor:
@@ -314,15 +333,6 @@ def _indices(rows: Tensor, classes: int) -> Iterator[tuple[Tensor, ...]]:
     index = rows.nonzero(as_tuple=True)
     if len(index[0]):
         yield from zip(*(part.split(max(1, BLOCK // classes)) for part in index), strict=True)
-
-
-def _joined(parts: list[Tensor], z: Tensor, counted: Tensor | None) -> Tensor:
-    """One value for each row of z, from those that came block by block; else 1."""
-    if counted is None:
-        flat = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
-        return flat.view(z.shape[:-1])
-    values = z.new_ones(z.shape[:-1], dtype=aten.row_dtype(z))
-    return values.masked_scatter_(counted, torch.cat(parts)) if parts else values
 
 
 def _within(values: Tensor, bounds: tuple[float, float]) -> bool:

@@ -10,7 +10,7 @@ READY := .venv/ready
 cross-check: $(READY)
 	$(BIN)/python scripts/cross_check.py --html cross-check.html --json cross-check.json $(ARGS)
 
-# Measures time and memory beside other implementations, eight minutes; ARGS="--quick" for one.
+# Measures time and memory beside other implementations, seven minutes; ARGS="--quick" for one.
 benchmark: $(READY)
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 

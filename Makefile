@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: cross-check benchmark test lint
+.PHONY: cross-check benchmark test test-cuda lint
 
 # Compares with the real tf.keras. Options go into ARGS: make cross-check ARGS="--cases 10000"
 cross-check: $(READY)
@@ -14,8 +14,16 @@ cross-check: $(READY)
 benchmark: $(READY)
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
+# The second run has Triton's kernels in its interpreter, on the CPU.
 test: $(READY)
 	$(BIN)/python -m pytest -n auto $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_kernels.py tests/test_cuda.py \
+		tests/test_crosscheck.py::test_every_path_agrees_with_keras
+
+# The rows on a GPU, and what only a GPU can show; tf.keras's answers are on file.
+test-cuda: $(READY)
+	$(BIN)/python -m pytest --device cuda tests/test_kernels.py tests/test_cuda.py tests/test_gpu.py
+	$(BIN)/python scripts/cross_check.py --oracle recorded --device cuda
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -25,5 +33,5 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -c constraints.txt -e '.[tensorflow,report]' --group dev
+	$(BIN)/python -m pip install -c constraints.txt -e '.[tensorflow,report,triton]' --group dev
 	touch $(READY)

@@ -1,16 +1,35 @@
 """Fixtures: the live tf.keras, and calls of it."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from paths import INTERPRETED
 
 from torch_sce.crosscheck.answers import TARGET, Answer, LiveOracle
 from torch_sce.crosscheck.cases import Case
 
 torch.set_num_threads(1)  # there are as many workers as cores
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests make their tensors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_default_device(config.getoption("--device"))
+    # Triton's interpreter has NumPy compute what is masked afterwards.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Triton's kernels run on a GPU, or in its interpreter, which needs a process of its own."""
+    on_gpu = config.getoption("--device") != "cpu"
+    needs = {"test_cuda.py": on_gpu or INTERPRETED, "test_gpu.py": on_gpu}
+    return None if needs.get(collection_path.name, True) else True
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import sample
-from paths import PATHS, take_path
+from paths import INTERPRETED, PATHS, take_path
 from torch.autograd import gradcheck, gradgradcheck
 from ulps import ulps
 
@@ -12,8 +12,9 @@ from torch_sce import kernels
 from torch_sce.functional import CLIP
 from torch_sce.kernels import IGNORED, aten, cpu
 
-# C = 1: nothing to choose; 2: the least; 7: no power of two; 1000: several vector widths.
-CLASSES = (1, 2, 7, 1000)
+# One: nothing to choose; 2: the least; 7: no power of two; many: several vectors and tiles.
+MANY = 130 if INTERPRETED else 1000
+CLASSES = (1, 2, 7, MANY)
 MODELS = {"logits": None, "probabilities": CLIP[torch.float32]}
 
 
@@ -29,9 +30,13 @@ def row_losses(z, y, clip=None):
     return kernels.row_losses(z, y, clip, all_classes)
 
 
+def seeded(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def rows(classes, model, shape=(3, 4), dtype=torch.float32, seed=0):
     """Predictions (*shape, C), labels and an upstream gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     z = torch.randn(*shape, classes, generator=generator, dtype=torch.float64) * 3
     if MODELS[model] is not None:
         z = z.softmax(-1)
@@ -43,7 +48,7 @@ def rows(classes, model, shape=(3, 4), dtype=torch.float32, seed=0):
 def expected(z, y, g, model):
     loss, dz = np.zeros(y.shape), np.zeros(z.shape)
     for at in np.ndindex(*y.shape):
-        loss[at], slope = sample(z[at].double(), y[at].item(), model == "logits")
+        loss[at], slope = sample(z[at].tolist(), y[at].item(), model == "logits")
         dz[at] = slope * g[at].item()
     return loss, dz
 
@@ -59,7 +64,7 @@ def test_rows_equal_the_oracle(classes, model):
     # A loss is a difference of terms of size 1 and more; so is a gradient row, times g and 1 / p.
     assert ulps(loss, want, np.maximum(np.abs(want), 1)) <= 4
     size = np.abs(dz).max(-1, keepdims=True)
-    assert ulps(z.grad, dz, np.maximum(size, np.abs(g.numpy())[..., None])) <= 8
+    assert ulps(z.grad, dz, np.maximum(size, g.abs().cpu().numpy()[..., None])) <= 8
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -74,11 +79,11 @@ def test_every_path_gives_the_definition_to_a_few_ulps(model, classes):
     definition = aten.row_losses(plain, y, MODELS[model])
     definition.backward(g)
     size = definition.detach().abs().clamp(min=1)
-    assert ulps(loss, definition.detach().numpy(), size.numpy()) <= 4
+    assert ulps(loss, definition, size) <= 4
     assert fast.grad is not None and plain.grad is not None
     # g p - g cancels where p is near 1.
-    size = torch.maximum(plain.grad.abs().amax(-1), g.abs()).unsqueeze(-1).expand_as(z)
-    assert ulps(fast.grad, plain.grad.numpy(), size.numpy()) <= 4
+    size = torch.maximum(plain.grad.abs().amax(-1), g.abs()).unsqueeze(-1)
+    assert ulps(fast.grad, plain.grad, size) <= 4
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -149,7 +154,7 @@ def test_functional_transforms_agree_with_autograd(model):
     labels = torch.stack([y, y, y])
     each = vmap(lambda z, y: row_losses(z, y, clip))(batch, labels)
     torch.testing.assert_close(each, losses)
-    tangent = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(1))
+    tangent = torch.randn(z.shape, dtype=z.dtype, generator=seeded(1))
     derivative = torch.func.jvp(total, (z,), (tangent,))[1]
     torch.testing.assert_close(derivative, (gradients[0] * tangent).sum())
     hessian = torch.func.hessian(total)(z)
@@ -181,7 +186,7 @@ def test_tangents_of_half_precision_rows_are_float32(dtype):
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_an_offset_of_all_logits_costs_no_precision(offset):
     """Saving (m, s) keeps the gradient within 2e-6; saving logsumexp would give 4e-3."""
-    z, y, _ = rows(1000, "logits", shape=(16,))
+    z, y, _ = rows(MANY, "logits", shape=(16,))
     z = (z + offset).requires_grad_()
     row_losses(z, y).sum().backward()
     exact = z.detach().double().softmax(-1)
@@ -194,13 +199,13 @@ def test_an_offset_of_all_logits_costs_no_precision(offset):
 def test_tiny_probabilities_do_not_cancel():
     """log s - log p would be off by 4 ulps here: both logarithms are near -15."""
     q, y = torch.tensor([[3e-7, 1e-7]]), torch.tensor([0])
-    want, _ = sample(q[0].double(), 0, from_logits=False)
+    want, _ = sample(q[0].tolist(), 0, from_logits=False)
     assert ulps(row_losses(q, y, MODELS["probabilities"]), [want], 1.0) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rows_are_computed_in_float32(dtype):
-    z, y, g = rows(1000, "logits", dtype=dtype)
+    z, y, g = rows(MANY, "logits", dtype=dtype)
     half, single = z.clone().requires_grad_(), z.float().requires_grad_()
     losses = row_losses(half, y)
     reference = row_losses(single, y)
@@ -209,7 +214,11 @@ def test_half_precision_rows_are_computed_in_float32(dtype):
     assert losses.dtype == torch.float32 and half.grad is not None and single.grad is not None
     assert torch.equal(losses, reference)
     assert half.grad.dtype == dtype
-    assert torch.equal(half.grad, single.grad.to(dtype))
+    want = single.grad.to(dtype)
+    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter truncates, devices round
+        assert (half.grad.view(torch.int16) - want.view(torch.int16)).abs().max() <= 1
+    else:
+        assert torch.equal(half.grad, want)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -245,9 +254,9 @@ def test_rows_may_lie_anywhere_in_memory(layout, ignoring, model):
     before = given.clone()
     leaf, copy = given.detach().requires_grad_(), z.clone().requires_grad_()
     a, b = row_losses(leaf, y, MODELS[model]), row_losses(copy, y, MODELS[model])
-    assert ulps(a, b.detach().numpy(), 1.0) <= 4
+    assert ulps(a, b, 1.0) <= 4
     (da,), (db,) = torch.autograd.grad(a, leaf, g), torch.autograd.grad(b, copy, g)
-    assert ulps(da, db.numpy(), g.abs().unsqueeze(-1).expand_as(z).numpy()) <= 4
+    assert ulps(da, db, torch.maximum(g.abs().unsqueeze(-1), db.abs())) <= 4
     assert torch.equal(given, before)  # nothing has been written over the predictions
 
 
@@ -255,9 +264,9 @@ def test_rows_may_share_memory():
     z, y, g = rows(7, "logits", shape=(5, 3))
     leaf, copy = z[:1].expand(5, -1, -1).requires_grad_(), z[:1].repeat(5, 1, 1).requires_grad_()
     a, b = row_losses(leaf, y), row_losses(copy, y)
-    assert ulps(a, b.detach().numpy(), 1.0) <= 4
+    assert ulps(a, b, 1.0) <= 4
     (da,), (db,) = torch.autograd.grad(a, leaf, g), torch.autograd.grad(b, copy, g)
-    assert ulps(da, db.numpy(), g.abs().unsqueeze(-1).expand_as(z).numpy()) <= 4
+    assert ulps(da, db, g.abs().unsqueeze(-1)) <= 4
 
 
 @pytest.mark.parametrize("labels_are", ["all classes", "partly ignored"])
@@ -317,7 +326,7 @@ def test_probabilities_of_any_size_equal_the_definition(bad):
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, -25.0])
 def test_a_loss_is_never_negative_and_0_for_one_class(offset):
-    z = torch.randn(300, 1, generator=torch.Generator().manual_seed(0)) + offset
+    z = torch.randn(300, 1, generator=seeded(0)) + offset
     y = torch.zeros(300, dtype=torch.int64)
     assert (row_losses(z, y) == 0).all()
     z = torch.cat([z, z - 30], 1)
@@ -326,7 +335,7 @@ def test_a_loss_is_never_negative_and_0_for_one_class(offset):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_precision_of_matrix_products_changes_no_bit(model):
-    z, y, g = rows(40, model, shape=(600,))
+    z, y, g = rows(40, model, shape=(12,))
     results = []
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
@@ -352,7 +361,7 @@ def test_autocast_changes_no_bit():
     results = []
     for enabled in (False, True):
         leaf = z.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=enabled):
             losses = row_losses(leaf, y)
         results.append((losses.detach(), *torch.autograd.grad(losses, leaf, g)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -32,9 +32,12 @@ and nothing here copies predictions to have it elsewhere. A row whose label is `
 and gradient NaN. Nothing here knows of weights, masks or averages: a weight is the upstream
 gradient g of its row.
 
-`aten` has the definition, and serves any device. A module for one device has its `forward` and
-`backward`; what the first returns behind the losses is what the second is given at the end.
+`aten` has the definition, and serves any device. A module for one device, `cpu` or `cuda`, has its
+`forward` and `backward`; what the first returns behind the losses the second is given at the end.
 """
+
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +91,25 @@ class _RowLosses(torch.autograd.Function):
         return ctx.kernels.backward(g, z, y, *ctx.options, *summary), *no_more
 
 
-def _kernels(z: Tensor):
-    """The module for z's device. Under a tracing mode values cannot be looked at."""
-    return cpu if z.device.type == "cpu" and not is_traced() else aten
+def _kernels(z: Tensor) -> Any:
+    """The module for z's device. Under a tracing mode values and addresses cannot be had."""
+    if is_traced():
+        return aten
+    if z.is_cuda and z.dtype != torch.float64:
+        return _cuda_kernels(z.device)
+    return cpu if z.device.type == "cpu" else aten
+
+
+@functools.cache
+def _cuda_kernels(device: torch.device) -> Any:
+    """`cuda`, or `aten` where there is no Triton, or none for this device."""
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return aten
+    try:
+        from . import cuda  # not before: it imports Triton, which is optional
+    except ImportError:
+        return aten
+    return cuda
 
 
 def is_traced() -> bool:

@@ -1,0 +1,82 @@
+"""Triton's kernels compile for GPUs, which takes none; and what stands where there is no Triton."""
+
+import re
+import sys
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from torch_sce import kernels
+from torch_sce.kernels import aten, cuda
+from torch_sce.kernels.cuda import LONG, Tile
+
+FLOATS = ("loss", "m_out", "r_out", "m_parts", "r_parts", "g", "m", "r")
+POINTERS = {"y": "*i64", **dict.fromkeys(FLOATS, "*fp32")}
+
+# Some rows, a part of one, and a map, each with the steps that are 1 there.
+TILES = {
+    "rows": (Tile(64, 32, 1), {"step", "out"}),
+    "part of a row": (Tile(1, LONG, 1), {"step", "out"}),
+    "map": (Tile(64, 32, 0), {"step_2", "out_2"}),
+}
+
+
+def compiled(kernel, dtype, tile, clip, ones, capability, **options):
+    """The kernel's PTX, as it is compiled where every other size and step divides by 16."""
+    constants = tile.options(clip) | options
+    launch = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    constants |= dict.fromkeys(ones & set(kernel.arg_names), 1)
+    signature, divisible = {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = POINTERS.get(name, "i32")
+        if name in ("z", "dz"):
+            signature[name] = f"*{dtype}"
+        if name in ("low", "high"):
+            signature[name] = "fp32"
+        else:
+            divisible[at,] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, divisible)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=launch).asm["ptx"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "bf16"), (90, "fp32")])
+@pytest.mark.parametrize("clip", [None, (1e-7, 1.0)], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("tile", TILES)
+def test_every_kernel_compiles(tile, clip, capability, dtype):
+    shape, ones = TILES[tile]
+    given = (dtype, shape, clip, ones, capability)
+    for flag in (False, True):
+        forward = compiled(cuda._forward, *given, SPLIT=flag)
+        backward = compiled(cuda._backward, *given, SAME=flag)
+        if tile == "part of a row":  # 16 bytes at a time, and the predictions once
+            assert len(re.findall(r"ld\.global\S*\.v[24]", forward)) == _vectors(dtype)
+            assert len(re.findall(r"ld\.global\S*\.v[24]", backward)) == _vectors(dtype)
+            assert len(re.findall(r"st\.global\S*\.v[24]", backward)) == _vectors(dtype)
+    merging = Tile(1, 16, 1)
+    assert compiled(cuda._merge, dtype, merging, clip, {"step"}, capability)
+
+
+def _vectors(dtype):
+    """How many 16 bytes each of a program's 256 threads has of a tile."""
+    return LONG * (4 if dtype == "fp32" else 2) // (256 * 16)
+
+
+def test_without_triton_or_on_an_old_gpu_any_device_s_path_is_taken(monkeypatch):
+    device, capability = torch.device("cuda", 0), [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
+    choose = kernels._cuda_kernels.__wrapped__
+    assert choose(device) is cuda
+    capability[0] = 7
+    assert choose(device) is aten
+    capability[0] = 9
+    monkeypatch.setitem(sys.modules, "torch_sce.kernels.cuda", None)
+    monkeypatch.delattr(kernels, "cuda")
+    assert choose(device) is aten

@@ -1,0 +1,309 @@
+"""The row formulas in Triton: the functions of `aten` for CUDA, bound by memory alone.
+
+The predictions are read once forward; backward they are read once and the gradient is written
+once. Nothing here looks at a value, waits for the device, or adds up in an order that could vary.
+
+A program takes a tile of rows and classes. Where the classes of a row lie together, a tile is
+some rows or a part of one; where rows lie together, as in maps with the channels first, it is
+many rows and some of their classes. Where there are few rows of very many classes, several
+programs share a row, and what they found is merged.
+
+Of a row's summary (m, s, p) two numbers are kept: m, and the sum without the label's own term,
+r = s - exp(p - m), or s - c_y for probabilities, which is added up without it. So the gradient at
+the label is no difference of two numbers that may be nearly equal:
+
+    logits:         g * (exp(p - m) / s - 1)  =  -g * r / s
+    probabilities:  g * (1 / s - 1 / c_y)     =  -g * r / (s * c_y)
+
+A row is not read if it is ignored, nor in the backward pass if its g is 0.
+"""
+
+# Of a kernel, a type checker sees the function that Triton compiles.
+# pyright: reportCallIssue=false
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aten import IGNORED, Clip, empty_like
+
+MARK = tl.constexpr(IGNORED)
+
+# Predictions of one program's tile, powers of two.
+TILE = 2048  # of some rows with their classes
+LONG = 4096  # of one row, at most
+WIDE = 64  # classes of a tile, at most, where rows lie together
+PROGRAMS = 512  # enough to keep a device busy
+SHARED = 4  # tiles to a row from which on sharing it is worth another launch
+
+
+class Tile(NamedTuple):
+    """What one program takes, and how many programs share a row in the forward pass."""
+
+    rows: int  # a power of two
+    classes: int  # a power of two
+    axis: int  # where the classes are in a tile; its last axis is the one that lies together
+    splits: int = 1
+
+    def options(self, clip: Clip) -> dict[str, Any]:
+        return {
+            "ROWS": self.rows,
+            "CLASSES": self.classes,
+            "AXIS": self.axis,
+            "CLIP": clip is not None,
+            "enable_fp_fusion": True,
+            "num_warps": max(1, min(8, self.rows * self.classes // 256)),
+        }
+
+
+class Rows(NamedTuple):
+    """How the rows of some tensors lie in memory: three axes, the last of which is cut."""
+
+    sizes: list[int]
+    steps: list[list[int]]  # of each tensor
+
+
+def forward(z: Tensor, y: Tensor, clip: Clip, all_classes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of every row, and the m and r that `backward` needs; no m for probabilities."""
+    z = z if _rows(z) else z.contiguous()
+    loss, r = (z.new_empty(y.shape, dtype=torch.float32) for _ in range(2))
+    m = torch.empty_like(loss) if clip is None else loss.new_empty(0)
+    if loss.numel() == 0:
+        return loss, m, r
+    tile = choose_tile(z)
+    with torch.cuda.device_of(z):
+        if tile.splits == 1:
+            grid, given = _launch((z,), y, tile, clip)
+            _forward[grid](
+                *given, loss, m, r, loss.numel(), z.shape[-1], SPLIT=False, **tile.options(clip)
+            )
+        else:
+            share = tile.classes * triton.cdiv(z.shape[-1], tile.classes * tile.splits)
+            parts = loss.new_empty(2, tile.splits, loss.numel())
+            (programs,), given = _launch((z,), y, tile, clip)
+            _forward[programs, tile.splits](
+                *given, loss, *parts, loss.numel(), share, SPLIT=True, **tile.options(clip)
+            )
+            row = Tile(1, triton.next_power_of_2(tile.splits), 1)
+            grid, given = _launch((z,), y, row, clip)
+            _merge[grid](*given, loss, m, r, *parts, loss.numel(), tile.splits, **row.options(clip))
+    return loss, m, r
+
+
+def backward(
+    g: Tensor, z: Tensor, y: Tensor, clip: Clip, all_classes: bool, m: Tensor, r: Tensor
+) -> Tensor:
+    """The gradient with respect to z, in z's shape and dtype."""
+    dz = empty_like(z)
+    if not _rows(z, dz):
+        z = z.contiguous()
+        dz = torch.empty_like(z)
+    if r.numel() == 0:
+        return dz
+    tile = choose_tile(z)
+    (programs,), given = _launch((z, dz), y, tile, clip)
+    same = not any(g.stride())  # the mean hands the same g to every row
+    with torch.cuda.device_of(z):
+        _backward[programs, triton.cdiv(z.shape[-1], tile.classes)](
+            *given, dz, dz.stride(-1), g if same else g.contiguous(), m, r,
+            SAME=same, **tile.options(clip),
+        )  # fmt: skip
+    return dz
+
+
+def choose_tile(z: Tensor) -> Tile:
+    """The launch settings. They depend on shape and strides alone, so results do not vary."""
+    sizes, (steps,) = _rows(z) or ([], [[]])
+    classes_lie_together = sizes[-1] == 1 or z.stride(-1) <= steps[-1]
+    width = min(triton.next_power_of_2(z.shape[-1]), LONG if classes_lie_together else WIDE)
+    height = min(max(1, TILE // width), triton.next_power_of_2(sizes[-1]))
+    programs = sizes[0] * sizes[1] * triton.cdiv(sizes[-1], height)
+    blocks = triton.cdiv(z.shape[-1], width)
+    splits = max(1, min(blocks, PROGRAMS // programs)) if blocks >= SHARED else 1
+    return Tile(height, width, int(classes_lie_together), splits)
+
+
+def _rows(*tensors: Tensor) -> Rows | None:
+    """The axes of the rows, joined where they lie like one; None if more than three are left."""
+    sizes: list[int] = []
+    steps: list[tuple[int, ...]] = []  # of each axis, in every tensor
+    for axis, size in enumerate(tensors[0].shape[:-1]):
+        step = tuple(tensor.stride(axis) for tensor in tensors)
+        if size != 1 and sizes and steps[-1] == tuple(size * each for each in step):
+            sizes[-1], steps[-1] = sizes[-1] * size, step
+        elif size != 1:
+            sizes.append(size)
+            steps.append(step)
+    missing = 3 - len(sizes)
+    if missing < 0:
+        return None
+    steps = [(0,) * len(tensors)] * missing + steps
+    return Rows([1] * missing + sizes, [list(each) for each in zip(*steps, strict=True)])
+
+
+def _launch(
+    tensors: tuple[Tensor, ...], y: Tensor, tile: Tile, clip: Clip
+) -> tuple[tuple[int], tuple[Any, ...]]:
+    """The number of programs for the rows, and the arguments that every kernel begins with."""
+    rows = _rows(*tensors)
+    assert rows is not None
+    tiles = triton.cdiv(rows.sizes[2], tile.rows)
+    steps = [step for each in rows.steps for step in each]
+    given = (
+        tensors[0], y.contiguous(), *(clip or (0.0, 0.0)), *rows.sizes[1:], tiles,
+        tensors[0].shape[-1], tensors[0].stride(-1), *steps,
+    )  # fmt: skip
+    return (rows.sizes[0] * rows.sizes[1] * tiles,), given
+
+
+@triton.jit
+def _forward(
+    z, y, low, high, size_1, size_2, tiles, classes, step, step_0, step_1, step_2,
+    loss, m_out, r_out, count, share,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+    CLIP: tl.constexpr,
+):  # fmt: skip
+    """The losses, m and r of a tile of rows, or m and r of a share of their classes."""
+    outer, inner, row = _place(size_2, tiles, ROWS)
+    label = tl.load(y + row, mask=inner < size_2, other=MARK)
+    z += _offsets(outer, inner, size_1, step_0, step_1, step_2)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    r = tl.zeros([ROWS], tl.float32)
+    start = tl.program_id(1) * share
+    stop = tl.minimum(start + share, classes)
+    for first in range(start, stop, CLASSES):
+        j = tl.expand_dims(first + tl.arange(0, CLASSES), 1 - AXIS)
+        here = tl.expand_dims(label != MARK, AXIS) & (j < stop)
+        at = tl.expand_dims(z, AXIS) + j.to(tl.int64) * step
+        block = tl.load(at, mask=here, other=float("-inf")).to(tl.float32)
+        others = here & (j != tl.expand_dims(label, AXIS))
+        if CLIP:
+            r += tl.sum(tl.where(others, _clip(block, low, high), 0.0), AXIS)
+        else:
+            top = tl.maximum(m, tl.max(block, AXIS))
+            shift = _finite_or_zero(top)
+            e = tl.exp(block - tl.expand_dims(shift, AXIS))
+            r = r * tl.exp(m - shift) + tl.sum(tl.where(others, e, 0.0), AXIS)
+            m = top
+    if SPLIT:
+        row += tl.program_id(1).to(tl.int64) * count
+        tl.store(r_out + row, r, mask=inner < size_2)
+        if not CLIP:
+            tl.store(m_out + row, m, mask=inner < size_2)
+    else:
+        _finish(z, step, label, classes, low, high, m, r, row, inner < size_2, loss, m_out, r_out,
+                CLIP)  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    z, y, low, high, size_1, size_2, tiles, classes, step, step_0, step_1, step_2,
+    loss, m_out, r_out, m_parts, r_parts, count, splits,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
+    """The losses, m and r of rows from what `_forward` found in the shares of their classes."""
+    outer, inner, row = _place(size_2, tiles, ROWS)
+    label = tl.load(y + row, mask=inner < size_2, other=MARK)
+    z += _offsets(outer, inner, size_1, step_0, step_1, step_2)
+    part = tl.expand_dims(tl.arange(0, CLASSES), 1 - AXIS)
+    here = tl.expand_dims(inner < size_2, AXIS) & (part < splits)
+    at = tl.expand_dims(row, AXIS) + part.to(tl.int64) * count
+    r = tl.load(r_parts + at, mask=here, other=0.0)
+    m = tl.full([ROWS], 0.0, tl.float32)
+    if not CLIP:
+        each = tl.load(m_parts + at, mask=here, other=float("-inf"))
+        m = tl.max(each, AXIS)
+        r *= tl.exp(each - tl.expand_dims(_finite_or_zero(m), AXIS))
+    _finish(z, step, label, classes, low, high, m, tl.sum(r, AXIS), row, inner < size_2, loss,
+            m_out, r_out, CLIP)  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    z, step, label, classes, low, high, m, r, row, inside, loss, m_out, r_out, CLIP: tl.constexpr
+):
+    """Writes the losses, m and r of rows."""
+    is_class = (label >= 0) & (label < classes)
+    p = tl.load(z + label * step, mask=is_class, other=0.0).to(tl.float32)
+    if CLIP:
+        value = tl.log(1 + r / _clip(p, low, high))
+    else:
+        value = tl.log(r + tl.exp(p - m)) + (m - p)
+        tl.store(m_out + row, m, mask=inside)
+    value = tl.where(is_class, value, tl.where(label == MARK, 0.0, float("nan")))
+    tl.store(loss + row, value, mask=inside)
+    tl.store(r_out + row, r, mask=inside)
+
+
+@triton.jit
+def _backward(
+    z, y, low, high, size_1, size_2, tiles, classes, step, step_0, step_1, step_2,
+    out_0, out_1, out_2, dz, out, g, m, r,
+    SAME: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+    CLIP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of rows and classes."""
+    outer, inner, row = _place(size_2, tiles, ROWS)
+    label = tl.load(y + row, mask=inner < size_2, other=MARK)
+    z += _offsets(outer, inner, size_1, step_0, step_1, step_2)
+    dz += _offsets(outer, inner, size_1, out_0, out_1, out_2)
+    counts = label != MARK
+    is_class = (label >= 0) & (label < classes)
+    g = tl.load(g + (row * 0 if SAME else row), mask=counts, other=0.0)
+    g = tl.where(is_class | ~counts, g, float("nan"))
+    counts = counts & (g != 0)
+    is_class = is_class & counts
+    p = tl.load(z + label * step, mask=is_class, other=0.0).to(tl.float32)
+    r = tl.load(r + row, mask=counts, other=0.0)
+    if CLIP:
+        m = tl.full([ROWS], 0.0, tl.float32)
+        c = _clip(p, low, high)
+        s = r + c
+        at_label = tl.where((low <= p) & (p <= high), -g * r / (s * c), 0.0)
+    else:
+        m = tl.load(m + row, mask=counts, other=0.0)
+        s = r + tl.exp(p - m)
+        at_label = -g * (r / s)
+    j = tl.expand_dims(tl.program_id(1) * CLASSES + tl.arange(0, CLASSES), 1 - AXIS)
+    inside = tl.expand_dims(inner < size_2, AXIS) & (j < classes)
+    at = tl.expand_dims(z, AXIS) + j.to(tl.int64) * step
+    block = tl.load(at, mask=inside & tl.expand_dims(counts, AXIS), other=0.0).to(tl.float32)
+    slope = tl.expand_dims(g / s, AXIS)
+    if CLIP:
+        slopes = tl.where((low <= block) & (block <= high), slope, 0.0)
+    else:
+        slopes = slope * tl.exp(block - tl.expand_dims(m, AXIS))
+    slopes = tl.where(j == tl.expand_dims(label, AXIS), tl.expand_dims(at_label, AXIS), slopes)
+    slopes = tl.where(tl.expand_dims(counts, AXIS), slopes, 0.0)
+    at = tl.expand_dims(dz, AXIS) + j.to(tl.int64) * out
+    tl.store(at, slopes.to(dz.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(size_2, tiles, ROWS: tl.constexpr):
+    """The rows of this program: their place on the first two axes, on the third, and number."""
+    outer = tl.program_id(0) // tiles
+    inner = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    return outer, inner, outer.to(tl.int64) * size_2 + inner
+
+
+@triton.jit
+def _offsets(outer, inner, size_1, step_0, step_1, step_2):
+    """Where rows begin, in elements: more than 2^31 of them work."""
+    outer_offset = (outer // size_1).to(tl.int64) * step_0 + (outer % size_1).to(tl.int64) * step_1
+    return outer_offset + inner.to(tl.int64) * step_2
+
+
+@triton.jit
+def _clip(q, low, high):
+    """A NaN stays one."""
+    return tl.where(q < low, low, tl.where(q > high, high, q))
+
+
+@triton.jit
+def _finite_or_zero(m):
+    """The maximum to take off: where all is minus infinity so far, none."""
+    return tl.where(m == float("-inf"), 0.0, m)

@@ -70,6 +70,21 @@ def test_the_launch_settings(shape, strides, tile):
     assert tile.rows * tile.classes <= max(TILE, LONG) and tile.splits <= PROGRAMS
 
 
+@pytest.mark.parametrize("tiles", [2, 5])
+def test_classes_that_are_shut_out_may_fill_whole_tiles(tiles):
+    """Minus infinity is the maximum there, and is not to be taken off itself."""
+    z, y, g = rows(tiles * LONG, "logits", (2,))
+    z[:, :LONG], z[1, -LONG:], y[:] = -torch.inf, -torch.inf, LONG + 3
+    assert (choose_tile(z).splits > 1) == (tiles == 5)
+    check(z, y, g, None)
+
+
+def test_the_bounds_of_probabilities_are_inclusive():
+    low, high = clip = (0.25, 0.75)
+    z = torch.tensor([[low, high, 0.5, 0.2, 0.8], [high, 0.1, low, 0.3, 1.0]])
+    check(z, torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), clip)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_rows_with_no_upstream_gradient_are_not_computed(model):
     z, y, g = rows(7, model)

@@ -184,7 +184,7 @@ def _forward(
             r += tl.sum(tl.where(others, _clip(block, low, high), 0.0), AXIS)
         else:
             top = tl.maximum(m, tl.max(block, AXIS))
-            shift = _finite_or_zero(top)
+            shift = tl.where(top == float("-inf"), 0.0, top)  # where all is minus infinity so far
             e = tl.exp(block - tl.expand_dims(shift, AXIS))
             r = r * tl.exp(m - shift) + tl.sum(tl.where(others, e, 0.0), AXIS)
             m = top
@@ -216,7 +216,7 @@ def _merge(
     if not CLIP:
         each = tl.load(m_parts + at, mask=here, other=float("-inf"))
         m = tl.max(each, AXIS)
-        r *= tl.exp(each - tl.expand_dims(_finite_or_zero(m), AXIS))
+        r *= tl.exp(each - tl.expand_dims(m, AXIS))
     _finish(z, step, label, classes, low, high, m, tl.sum(r, AXIS), row, inner < size_2, loss,
             m_out, r_out, CLIP)  # fmt: skip
 
@@ -301,9 +301,3 @@ def _offsets(outer, inner, size_1, step_0, step_1, step_2):
 def _clip(q, low, high):
     """A NaN stays one."""
     return tl.where(q < low, low, tl.where(q > high, high, q))
-
-
-@triton.jit
-def _finite_or_zero(m):
-    """The maximum to take off: where all is minus infinity so far, none."""
-    return tl.where(m == float("-inf"), 0.0, m)

@@ -1,13 +1,14 @@
 """Fixtures: the live tf.keras, and calls of it."""
 
+import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paths import INTERPRETED
 
 from torch_sce.crosscheck.answers import TARGET, Answer, LiveOracle
 from torch_sce.crosscheck.cases import Case
@@ -28,7 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Triton's kernels run on a GPU, or in its interpreter, which needs a process of its own."""
     on_gpu = config.getoption("--device") != "cpu"
-    needs = {"test_cuda.py": on_gpu or INTERPRETED, "test_gpu.py": on_gpu}
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    needs = {
+        "test_cuda.py": on_gpu or interpreted,
+        "test_gpu.py": on_gpu,
+        "test_cuda_compiles.py": find_spec("triton") is not None,  # it is for Linux
+    }
     return None if needs.get(collection_path.name, True) else True
 
 

@@ -1,8 +1,8 @@
 """Each way a row can be computed.
 
 By the CPU's kernels in one block or in many, with rows that do not count left out; by those of
-any device; by PyTorch, where there are few predictions. And by Triton's: on CUDA, or with
-TRITON_INTERPRET=1, which has Triton run them on the CPU, and everything else as it does there.
+any device; by PyTorch, where there are few predictions. And by Triton's: with --device cuda, or
+with TRITON_INTERPRET=1, for which Triton interprets them on the CPU.
 """
 
 import os
@@ -24,7 +24,7 @@ PATHS = {
 }
 MODULES = [kernels, cpu, aten]
 
-if INTERPRETED or torch.cuda.is_available():
+if INTERPRETED or torch.get_default_device().type == "cuda":
     from torch_sce.kernels import cuda
 
     def triton(z):
@@ -33,7 +33,7 @@ if INTERPRETED or torch.cuda.is_available():
     PATHS = {} if INTERPRETED else {key: PATHS[key] for key in PATHS if "any device" in key}
     PATHS |= {
         "triton": {"_kernels": triton},
-        "triton, small tiles": {"_kernels": triton, "TILE": 32, "LONG": 64, "WIDE": 2},
+        "triton, small tiles": {"_kernels": triton, "TILE": 32, "LONG": 16, "WIDE": 2},
         SLOWEST: {"_kernels": triton, "TILE": 4, "LONG": 4, "SHARED": 1},
     }
     MODULES = [kernels, aten, cuda]

@@ -70,6 +70,26 @@ def test_the_launch_settings(shape, strides, tile):
     assert tile.rows * tile.classes <= max(TILE, LONG) and tile.splits <= PROGRAMS
 
 
+GRADIENTS = {
+    "transposed": lambda g: g.t().contiguous().t(),
+    "the same along an axis": lambda g: g[:, :1].expand_as(g),
+    "the same for all": lambda g: g[0, 0].expand_as(g),
+}
+
+
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_labels_and_upstream_gradients_lie_anywhere_too(layout):
+    z, y, g = rows(5, "logits", (3, 4))
+    z = z.movedim(-1, 1).contiguous().movedim(1, -1)
+    check(z, y.t().contiguous().t(), GRADIENTS[layout](g), None)
+
+
+def test_more_classes_than_the_grid_has_places_for_narrow_tiles():
+    z = torch.empty_strided((2, 9, 5_000_000), (45_000_000, 1, 9), device="meta")
+    tile = choose_tile(z)
+    assert tile.axis == 0 and tile.classes * cuda.MOST >= 5_000_000
+
+
 @pytest.mark.parametrize("tiles", [2, 5])
 def test_classes_that_are_shut_out_may_fill_whole_tiles(tiles):
     """Minus infinity is the maximum there, and is not to be taken off itself."""

@@ -36,6 +36,7 @@ MARK = tl.constexpr(IGNORED)
 TILE = 2048  # of some rows with their classes
 LONG = 4096  # of one row, at most
 WIDE = 64  # classes of a tile, at most, where rows lie together
+MOST = 2**16 - 1  # tiles to a row, which are the second axis of the grid
 PROGRAMS = 512  # enough to keep a device busy
 SHARED = 4  # tiles to a row from which on sharing it is worth another launch
 
@@ -54,7 +55,7 @@ class Tile(NamedTuple):
             "CLASSES": self.classes,
             "AXIS": self.axis,
             "CLIP": clip is not None,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": True,  # a default, which Triton is about to change
             "num_warps": max(1, min(8, self.rows * self.classes // 256)),
         }
 
@@ -116,9 +117,12 @@ def backward(
 
 def choose_tile(z: Tensor) -> Tile:
     """The launch settings. They depend on shape and strides alone, so results do not vary."""
-    sizes, (steps,) = _rows(z) or ([], [[]])
+    rows = _rows(z)
+    assert rows is not None
+    sizes, (steps,) = rows
     classes_lie_together = sizes[-1] == 1 or z.stride(-1) <= steps[-1]
     width = min(triton.next_power_of_2(z.shape[-1]), LONG if classes_lie_together else WIDE)
+    width = max(width, triton.next_power_of_2(triton.cdiv(z.shape[-1], MOST)))
     height = min(max(1, TILE // width), triton.next_power_of_2(sizes[-1]))
     programs = sizes[0] * sizes[1] * triton.cdiv(sizes[-1], height)
     blocks = triton.cdiv(z.shape[-1], width)
@@ -253,7 +257,7 @@ def _backward(
     counts = label != MARK
     is_class = (label >= 0) & (label < classes)
     g = tl.load(g + (row * 0 if SAME else row), mask=counts, other=0.0)
-    g = tl.where(is_class | ~counts, g, float("nan"))
+    g = tl.where(is_class, g, float("nan"))
     counts = counts & (g != 0)
     is_class = is_class & counts
     p = tl.load(z + label * step, mask=is_class, other=0.0).to(tl.float32)
@@ -262,7 +266,7 @@ def _backward(
         m = tl.full([ROWS], 0.0, tl.float32)
         c = _clip(p, low, high)
         s = r + c
-        at_label = tl.where((low <= p) & (p <= high), -g * r / (s * c), 0.0)
+        at_label = tl.where((low <= p) & (p <= high), -(g / s) * (r / c), 0.0)
     else:
         m = tl.load(m + row, mask=counts, other=0.0)
         s = r + tl.exp(p - m)
@@ -286,15 +290,15 @@ def _backward(
 def _place(size_2, tiles, ROWS: tl.constexpr):
     """The rows of this program: their place on the first two axes, on the third, and number."""
     outer = tl.program_id(0) // tiles
-    inner = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    inner = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return outer, inner, outer.to(tl.int64) * size_2 + inner
 
 
 @triton.jit
 def _offsets(outer, inner, size_1, step_0, step_1, step_2):
-    """Where rows begin, in elements: more than 2^31 of them work."""
+    """Where rows begin, in elements, of which there may be more than 2^31."""
     outer_offset = (outer // size_1).to(tl.int64) * step_0 + (outer % size_1).to(tl.int64) * step_1
-    return outer_offset + inner.to(tl.int64) * step_2
+    return outer_offset + inner * step_2
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torch_sce
+from torch_sce.crosscheck.command import check_device
 
 try:
     from matplotlib.figure import Figure
@@ -790,12 +791,7 @@ def _names(text: str) -> list[str]:
 
 def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """What argparse cannot check by itself; ends the program with exit code 2."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        parser.error(f"--device {options.device}: must be cpu, cuda, or cuda:NUMBER")
-    if options.device != "cpu":
-        number = int(options.device.partition(":")[2] or 0)
-        if number >= torch.cuda.device_count():
-            parser.error(f"--device {options.device}: PyTorch finds no such CUDA device here")
+    check_device(parser, options.device)
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: must be at least 1")
     if not options.json.absolute().parent.is_dir():

@@ -91,14 +91,17 @@ def _from(least: int) -> Callable[[str], int]:
     return number
 
 
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the program with exit code 2 if there is no such device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        parser.error(f"--device {device}: must be cpu, cuda, or cuda:NUMBER")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {device}: PyTorch finds no such CUDA device here")
+
+
 def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """What argparse cannot check by itself; ends the program with exit code 2."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        parser.error(f"--device {options.device}: must be cpu, cuda, or cuda:NUMBER")
-    if options.device != "cpu":
-        number = int(options.device.partition(":")[2] or 0)
-        if number >= torch.cuda.device_count():
-            parser.error(f"--device {options.device}: PyTorch finds no such CUDA device here")
+    check_device(parser, options.device)
     for path in (options.json, options.html, options.record):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")

@@ -27,11 +27,10 @@ And the loss of probabilities takes one logarithm: log s and log p are both near
 the probabilities are tiny, and their difference keeps only the digits that -15 has left.
 
 Rows come as z (..., C) and y (...). The last axis is the class axis, wherever it lies in memory,
-and predictions are not copied to have it elsewhere (but by `cuda`, where rows are left on more than
-three axes, as in a crop of a volume). A row whose label is `IGNORED` has loss
-0 and gradient 0, whatever it holds. A row whose label is neither that nor a class has loss NaN
-and gradient NaN. Nothing here knows of weights, masks or averages: a weight is the upstream
-gradient g of its row.
+and predictions are not copied to have it elsewhere (but by `cuda`, where rows are left on more
+than three axes, as in a crop of a volume). A row whose label is `IGNORED` has loss 0 and gradient
+0, whatever it holds. A row whose label is neither that nor a class has loss NaN and gradient NaN.
+Nothing here knows of weights, masks or averages: a weight is the upstream gradient g of its row.
 
 `aten` has the definition, and serves any device. A module for one device, `cpu` or `cuda`, has its
 `forward` and `backward`; what the first returns behind the losses the second is given at the end.

@@ -16,7 +16,7 @@ Labels and predictions are looked at to decide on these, which no other device m
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -39,8 +39,7 @@ SAFE_SUMS = (1e-13, 1e13)
 SAFE_LOGITS = (-80.0, 80.0)  # float32's exp underflows below -87 and overflows above 88
 LEAST = {torch.float32: -87.0, torch.float64: -708.0}  # exp of these has all its digits
 
-Slices = tuple[slice, ...]  # a block of rows, as an index into y
-Picked = tuple[tuple[int, ...], Tensor]  # rows picked along y's last axis, at one position
+Rows = list[tuple]  # the rows of each block, as an index into y
 
 
 def is_small(z: Tensor) -> bool:
@@ -98,9 +97,9 @@ def backward(
     if ignored is not None:
         r.masked_fill_(ignored, 0)
         at_label.masked_fill_(ignored, 0)
-    picked = _picked(z, ignored)
-    dz = empty_like(z) if picked is None else _zeros_like(z)
-    _write_slopes(dz, z, m, r.unsqueeze(-1), clip, picked)
+    rows, picked = _rows(z, ignored)
+    dz = _zeros_like(z) if picked else empty_like(z)
+    _write_slopes(dz, z, m, r.unsqueeze(-1), clip, rows, picked)
     _scatter(dz, label, at_label)
     if (m is not None or clip is not None) and not _within(s, (-math.inf, math.inf)):
         # A NaN in z stays one times 0; and beside it, what is clipped has gradient 0.
@@ -126,16 +125,15 @@ def _labels(
 
 def _summaries(z: Tensor, ignored: Tensor | None, clip: Clip) -> tuple[Tensor | None, Tensor]:
     """(m, s) of every row; (1, 1) of one that is not read."""
-    picked = _picked(z, ignored)
+    rows, picked = _rows(z, ignored)
     if clip is not None:
-        return None, _sums(partial(torch.clamp, min=clip[0], max=clip[1]), z, picked)
+        return None, _sums(partial(torch.clamp, min=clip[0], max=clip[1]), z, rows, picked)
     if z.dtype == torch.float64 or not _within(_sample(z), SAFE_LOGITS):
         m, s = _ones(z), _ones(z)
-        rows = _rows(z, picked)
-        for at, (block, out) in zip(rows, _walk(z, picked), strict=True):
+        for at, (block, out) in zip(rows, _walk(z, rows, picked), strict=True):
             m[at], s[at] = _shifted_sums(block, out)
         return m, s
-    s = _sums(torch.exp, z, picked)
+    s = _sums(torch.exp, z, rows, picked)
     if _within(s, SAFE_SUMS):
         return None, s
     m = torch.zeros_like(s)
@@ -145,18 +143,18 @@ def _summaries(z: Tensor, ignored: Tensor | None, clip: Clip) -> tuple[Tensor | 
     return m, s
 
 
-def _sums(weigh: Callable[..., Tensor], z: Tensor, picked: list[Picked] | None) -> Tensor:
+def _sums(weigh: Callable[..., Tensor], z: Tensor, rows: Rows, picked: bool) -> Tensor:
     """The sum of a function of every row's z.
 
     A product with ones would be faster where classes are few, but may be computed in bfloat16.
     """
-    s, rows = _ones(z), _rows(z, picked)
-    if picked is None:
-        for part, (block, out) in zip(_views(s, rows), _walk(z, picked), strict=True):
-            torch.sum(weigh(block, out=out), -1, out=part)
-    else:
-        for at, (block, out) in zip(rows, _walk(z, picked), strict=True):
+    s, walk = _ones(z), _walk(z, rows, picked)
+    if picked:
+        for at, (block, out) in zip(rows, walk, strict=True):
             s[at] = weigh(block, out=out).sum(-1)
+    else:
+        for part, (block, out) in zip(_views(s, rows), walk, strict=True):
+            torch.sum(weigh(block, out=out), -1, out=part)
     return s
 
 
@@ -198,20 +196,20 @@ def _write_slopes(
     m: Tensor | None,
     r: Tensor,
     clip: Clip,
-    picked: list[Picked] | None,
+    rows: Rows,
+    picked: bool,
 ) -> None:
     """Writes r exp(z - m), or r where a probability is not clipped: dz but at the labels."""
-    rows = _rows(z, picked)
     shifts, factors = _views(m, rows), _views(r, rows)
-    if picked is None and dz.dtype == r.dtype:
+    if not picked and dz.dtype == r.dtype:
         parts = zip(_views(z, rows), shifts, factors, _views(dz, rows), strict=True)
         for block, shift, factor, out in parts:
             _slopes(block, shift, factor, out, clip)
         return
-    parts = zip(rows, _walk(z, picked), shifts, factors, strict=True)
+    parts = zip(rows, _walk(z, rows, picked), shifts, factors, strict=True)
     for at, (block, scratch), shift, factor in parts:
         slopes = _slopes(block, shift, factor, scratch, clip)
-        dz[at] = slopes if picked is None else slopes.to(dz.dtype)
+        dz[at] = slopes.to(dz.dtype) if picked else slopes
 
 
 def _slopes(block: Tensor, m: Tensor | None, r: Tensor, out: Tensor, clip: Clip) -> Tensor:
@@ -242,54 +240,47 @@ def _scatter(dz: Tensor, label: Tensor, values: Tensor) -> None:
     dz.scatter_(-1, label.unsqueeze(-1), values.unsqueeze(-1))
 
 
-def _picked(z: Tensor, ignored: Tensor | None) -> list[Picked] | None:
-    """The rows that count, a block at a time, where it pays to leave out the others."""
+def _rows(z: Tensor, ignored: Tensor | None) -> tuple[Rows, bool]:
+    """All rows as slices; or, and True, those that count where it pays to pick them out.
+
+    They are picked along y's last axis, at one position of the axes before it.
+    """
     *before, last, classes = z.shape
     few = before and last * classes < BLOCK // 8
     if ignored is None or classes < LONG or z.stride(-1) != 1 or few:
-        return None
+        return list(blocks(z.shape[:-1], classes, _block(z))), False
     return [
-        (position, index)
+        (*position, index)
         for position in itertools.product(*map(range, before))
         for index in (~ignored[position]).nonzero().squeeze(1).split(max(1, _block(z) // classes))
         if len(index)
-    ]
+    ], True
 
 
-def _walk(z: Tensor, picked: list[Picked] | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _walk(z: Tensor, rows: Rows, picked: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The blocks in the dtype rows are computed in, each with a tensor of its shape to write to.
 
     Rows that are picked are copied: then the two are one.
     """
-    if picked is not None:
-        yield from ((block, block) for block in _copies(z, picked))
+    if picked:
+        yield from ((block, block) for block in _copies(z, rows))
         return
-    dtype, views = aten.row_dtype(z), _views(z, _slices(z))
+    dtype, views = aten.row_dtype(z), _views(z, rows)
     scratch = empty_like(views[0], dtype)
     for view in views:
         out = scratch if view.shape == scratch.shape else scratch[tuple(map(slice, view.shape))]
         yield view if view.dtype == dtype else out.copy_(view), out
 
 
-def _copies(z: Tensor, picked: list[Picked]) -> Iterator[Tensor]:
+def _copies(z: Tensor, rows: Rows) -> Iterator[Tensor]:
     """The picked rows in the dtype rows are computed in, each block in the same place."""
-    most = max((len(index) for _, index in picked), default=0)
+    most = max((len(index) for *_, index in rows), default=0)
     place = z.new_empty(most, z.shape[-1], dtype=aten.row_dtype(z))
     narrow = place if place.dtype == z.dtype else z.new_empty(place.shape)
-    for position, index in picked:
+    for *position, index in rows:
         block = place[: len(index)]
         copy = block if narrow is place else narrow[: len(index)]
-        yield block.copy_(torch.index_select(z[position], 0, index, out=copy))
-
-
-def _rows(z: Tensor, picked: list[Picked] | None) -> list[tuple]:
-    """The rows of every block, as an index into y."""
-    return _slices(z) if picked is None else [(*position, index) for position, index in picked]
-
-
-def _slices(z: Tensor) -> list[Slices]:
-    """All the rows, a block at a time."""
-    return list(blocks(z.shape[:-1], z.shape[-1], _block(z)))
+        yield block.copy_(torch.index_select(z[tuple(position)], 0, index, out=copy))
 
 
 def _block(z: Tensor) -> int:
@@ -323,7 +314,7 @@ def _zeros_like(z: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(z.shape, like)).view(z.dtype)
 
 
-def _views(x: Tensor | None, rows: Sequence[tuple]) -> list:
+def _views(x: Tensor | None, rows: Rows) -> list:
     """The blocks of x, all made at once: between blocks the caches are full of predictions."""
     return [x if x is None or not at else x[at] for at in rows]
 

@@ -37,6 +37,7 @@ TILE = 2048  # of some rows with their classes
 LONG = 4096  # of one row, at most
 WIDE = 64  # classes of a tile, at most, where rows lie together
 MOST = 2**16 - 1  # tiles to a row, which are the second axis of the grid
+AXES = 3  # of rows, that a kernel walks
 PROGRAMS = 512  # enough to keep a device busy
 SHARED = 4  # tiles to a row from which on sharing it is worth another launch
 
@@ -61,7 +62,7 @@ class Tile(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How the rows of some tensors lie in memory: three axes, the last of which is cut."""
+    """How the rows of some tensors lie in memory: three axes or more, the last of which is cut."""
 
     sizes: list[int]
     steps: list[list[int]]  # of each tensor
@@ -69,27 +70,30 @@ class Rows(NamedTuple):
 
 def forward(z: Tensor, y: Tensor, clip: Clip, all_classes: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of every row, and the m and r that `backward` needs; no m for probabilities."""
-    z = z if _rows(z) else z.contiguous()
+    rows, y = _rows(z), y.contiguous()
+    if len(rows.sizes) > AXES:
+        z = z.contiguous()
+        rows = _rows(z)
     loss, r = (z.new_empty(y.shape, dtype=torch.float32) for _ in range(2))
     m = torch.empty_like(loss) if clip is None else loss.new_empty(0)
     if loss.numel() == 0:
         return loss, m, r
-    tile = choose_tile(z)
+    tile = choose_tile(z, rows)
     with torch.cuda.device_of(z):
         if tile.splits == 1:
-            grid, given = _launch((z,), y, tile, clip)
+            grid, given = _launch(rows, z, y, tile, clip)
             _forward[grid](
                 *given, loss, m, r, loss.numel(), z.shape[-1], SPLIT=False, **tile.options(clip)
             )
         else:
             share = tile.classes * triton.cdiv(z.shape[-1], tile.classes * tile.splits)
             parts = loss.new_empty(2, tile.splits, loss.numel())
-            (programs,), given = _launch((z,), y, tile, clip)
+            (programs,), given = _launch(rows, z, y, tile, clip)
             _forward[programs, tile.splits](
                 *given, loss, *parts, loss.numel(), share, SPLIT=True, **tile.options(clip)
             )
             row = Tile(1, triton.next_power_of_2(tile.splits), 1)
-            grid, given = _launch((z,), y, row, clip)
+            grid, given = _launch(rows, z, y, row, clip)
             _merge[grid](*given, loss, m, r, *parts, loss.numel(), tile.splits, **row.options(clip))
     return loss, m, r
 
@@ -99,13 +103,15 @@ def backward(
 ) -> Tensor:
     """The gradient with respect to z, in z's shape and dtype."""
     dz = empty_like(z)
-    if not _rows(z, dz):
+    rows = _rows(z, dz)
+    if len(rows.sizes) > AXES:
         z = z.contiguous()
         dz = torch.empty_like(z)
+        rows = _rows(z, dz)
     if r.numel() == 0:
         return dz
-    tile = choose_tile(z)
-    (programs,), given = _launch((z, dz), y, tile, clip)
+    tile = choose_tile(z, rows)
+    (programs,), given = _launch(rows, z, y.contiguous(), tile, clip)
     same = not any(g.stride())  # the mean hands the same g to every row
     with torch.cuda.device_of(z):
         _backward[programs, triton.cdiv(z.shape[-1], tile.classes)](
@@ -115,11 +121,9 @@ def backward(
     return dz
 
 
-def choose_tile(z: Tensor) -> Tile:
+def choose_tile(z: Tensor, rows: Rows) -> Tile:
     """The launch settings. They depend on shape and strides alone, so results do not vary."""
-    rows = _rows(z)
-    assert rows is not None
-    sizes, (steps,) = rows
+    sizes, (steps, *_) = rows
     classes_lie_together = sizes[-1] == 1 or z.stride(-1) <= steps[-1]
     width = min(triton.next_power_of_2(z.shape[-1]), LONG if classes_lie_together else WIDE)
     width = max(width, triton.next_power_of_2(triton.cdiv(z.shape[-1], MOST)))
@@ -130,8 +134,8 @@ def choose_tile(z: Tensor) -> Tile:
     return Tile(height, width, int(classes_lie_together), splits)
 
 
-def _rows(*tensors: Tensor) -> Rows | None:
-    """The axes of the rows, joined where they lie like one; None if more than three are left."""
+def _rows(*tensors: Tensor) -> Rows:
+    """The axes of the rows, joined where they lie like one."""
     sizes: list[int] = []
     steps: list[tuple[int, ...]] = []  # of each axis, in every tensor
     for axis, size in enumerate(tensors[0].shape[:-1]):
@@ -141,24 +145,19 @@ def _rows(*tensors: Tensor) -> Rows | None:
         elif size != 1:
             sizes.append(size)
             steps.append(step)
-    missing = 3 - len(sizes)
-    if missing < 0:
-        return None
+    missing = max(0, AXES - len(sizes))
     steps = [(0,) * len(tensors)] * missing + steps
     return Rows([1] * missing + sizes, [list(each) for each in zip(*steps, strict=True)])
 
 
 def _launch(
-    tensors: tuple[Tensor, ...], y: Tensor, tile: Tile, clip: Clip
+    rows: Rows, z: Tensor, y: Tensor, tile: Tile, clip: Clip
 ) -> tuple[tuple[int], tuple[Any, ...]]:
     """The number of programs for the rows, and the arguments that every kernel begins with."""
-    rows = _rows(*tensors)
-    assert rows is not None
     tiles = triton.cdiv(rows.sizes[2], tile.rows)
     steps = [step for each in rows.steps for step in each]
     given = (
-        tensors[0], y.contiguous(), *(clip or (0.0, 0.0)), *rows.sizes[1:], tiles,
-        tensors[0].shape[-1], tensors[0].stride(-1), *steps,
+        z, y, *(clip or (0.0, 0.0)), *rows.sizes[1:], tiles, z.shape[-1], z.stride(-1), *steps,
     )  # fmt: skip
     return (rows.sizes[0] * rows.sizes[1] * tiles,), given
 

@@ -103,7 +103,7 @@ class TestOptions:
         ({"ignore_class": "void"}, TypeError, "ignore_class must be a number or None, got 'void'"),
         ({"ignore_class": 1j}, TypeError, "got 1j"),
         ({"from_logits": "False"}, TypeError, "from_logits must be True or False, got 'False'"),
-        ({"from_logits": LABELS}, TypeError, "options go to the loss"),
+        ({"from_logits": LABELS}, TypeError, "options are given where the loss is made"),
         ({"smoothing": 0.1}, TypeError, "smoothing"),
     ])  # fmt: skip
     def test_wrong_options_are_refused_when_the_loss_is_made(self, options, error, message):

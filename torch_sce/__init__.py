@@ -7,8 +7,13 @@
 0.913319
 """
 
-from .functional import sparse_categorical_crossentropy
-from .losses import SparseCategoricalCrossentropy
+from .functional import categorical_crossentropy, sparse_categorical_crossentropy
+from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
 __version__ = "0.1.0"
-__all__ = ["SparseCategoricalCrossentropy", "sparse_categorical_crossentropy"]
+__all__ = [
+    "CategoricalCrossentropy",
+    "SparseCategoricalCrossentropy",
+    "categorical_crossentropy",
+    "sparse_categorical_crossentropy",
+]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .kernels import IGNORED, is_traced, row_losses
+from .kernels import IGNORED, is_traced, row_losses, target_losses
 
 ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
 
@@ -73,16 +73,72 @@ def sparse_categorical_crossentropy(
     [0.0513, 2.3026]
     """
     from_logits = check_flag("from_logits", from_logits)
+    y_pred = _floats(y_pred)
+    axis = class_axis(axis, y_pred)
+    labels = labels_for(to_tensor("y_true", y_true, y_pred), y_pred, axis)
+    counted = not_ignored(labels, ignore_class)
+    return sample_losses(labels, y_pred, counted, from_logits, axis, y_pred.dtype)
+
+
+def categorical_crossentropy(
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
+    from_logits: bool = False,
+    label_smoothing: float = 0.0,
+    axis: int = -1,
+) -> Tensor:
+    """The cross-entropy, in nats, between targets and predictions, one value per sample.
+
+        from logits:         -sum_j y_j log(softmax(z)_j)
+        from probabilities:  -sum_j y_j log(c_j),  c = clip(q / sum(q), 1e-7, 1 - 1e-7)
+
+    Args:
+        y_true: targets, one-hot or soft, of any real dtype, in `y_pred`'s shape.
+        y_pred: logits or probabilities, (..., C), float16, bfloat16, float32 or float64.
+        from_logits: whether `y_pred` holds logits.
+        label_smoothing: how much of each target is spread evenly over the classes, from 0 to 1:
+            y becomes y * (1 - label_smoothing) + label_smoothing / C.
+        axis: the class axis of both.
+
+    Returns:
+        The losses, of `y_pred`'s shape without its class axis: float64 for float64 predictions,
+        otherwise float32. They have gradients with respect to targets that require one, too.
+
+    Raises:
+        ValueError: shapes that differ, no classes, `axis` or `label_smoothing` out of range.
+        TypeError: predictions that are not real floating-point numbers, targets that are not real
+            numbers, an `axis` or `label_smoothing` that is not a number.
+
+    Differs from Keras: for logits and targets that do not sum to 1 the gradient is the derivative
+    of the loss, smoothing follows `axis`, half-precision predictions give float32 losses.
+
+    The rule is that of `keras.losses.categorical_crossentropy` on TensorFlow. Its probabilities
+    are normalised before they are clipped, the other way round than for integer labels.
+
+    >>> y_true = [[0, 1, 0], [0, 0, 1]]
+    >>> losses = categorical_crossentropy(y_true, [[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])
+    >>> [round(loss, 4) for loss in losses.tolist()]
+    [0.0513, 2.3026]
+    """
+    from_logits = check_flag("from_logits", from_logits)
+    label_smoothing = check_smoothing(label_smoothing)
+    y_pred = _floats(y_pred)
+    y_true = to_tensor("y_true", y_true, y_pred)
+    axis = class_axis(axis, y_pred)
+    check_targets(y_true, y_pred, axis)
+    options = (from_logits, label_smoothing, axis, y_pred.dtype)
+    return sample_losses_of_targets(y_true, y_pred, None, *options)
+
+
+def _floats(y_pred: ArrayLike) -> Tensor:
+    """Predictions in a dtype that a function computes in; Python numbers as float32."""
     listed = not hasattr(y_pred, "dtype")
     y_pred = to_tensor("y_pred", y_pred)
     if listed:  # Python numbers have no precision to keep
         y_pred = y_pred.float()
     if y_pred.dtype not in CLIP:
         raise TypeError(f"y_pred must be float16, bfloat16, float32 or float64, got {y_pred.dtype}")
-    axis = class_axis(axis, y_pred)
-    labels = labels_for(to_tensor("y_true", y_true, y_pred), y_pred, axis)
-    counted = not_ignored(labels, ignore_class)
-    return sample_losses(labels, y_pred, counted, from_logits, axis, y_pred.dtype)
+    return y_pred
 
 
 def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
@@ -150,8 +206,8 @@ def check_flag(name: str, value: Any) -> bool:
         return bool(value)
     kind = "a tensor" if isinstance(value, Tensor) else repr(value)
     raise TypeError(
-        f"{name} must be True or False, got {kind}: options go to the loss, "
-        "SparseCategoricalCrossentropy(from_logits=True), and tensors to its call"
+        f"{name} must be True or False, got {kind}: options are given where the loss is made, "
+        "as in SparseCategoricalCrossentropy(from_logits=True), and tensors where it is called"
     )
 
 
@@ -213,8 +269,48 @@ def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple) -> st
     if y_true == y_pred and len(y_pred) == 1:
         return f"{rule}. For labels (B,) y_pred must be (B, C): its class axis seems to be missing."
     if y_true == y_pred:
-        return f"{rule}. If y_true is one-hot, pass the class numbers: y_true.argmax({axis})."
+        return (
+            f"{rule}. If y_true is one-hot, use CategoricalCrossentropy, or pass the class "
+            f"numbers: y_true.argmax({axis})."
+        )
     return f"{rule}."
+
+
+def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with as many axes where one has a last axis of size 1 more, as Keras's losses do."""
+    short, long = sorted((y_true.ndim, y_pred.ndim))
+    if long - short != 1:
+        return y_true, y_pred
+
+    def matched(x: Tensor, other: Tensor) -> Tensor:
+        if other.ndim < x.ndim and x.shape[-1] == 1 and short > 1:
+            return x.squeeze(-1)
+        return x.unsqueeze(-1) if x.ndim == 1 < other.ndim and other.shape[-1] == 1 else x
+
+    return matched(y_true, y_pred), matched(y_pred, y_true)
+
+
+def check_targets(y_true: Tensor, y_pred: Tensor, axis: int) -> None:
+    if y_true.shape == y_pred.shape:
+        return
+    given, wanted = tuple(y_true.shape), tuple(y_pred.shape)
+    rule = f"y_true must have y_pred's shape, {wanted}, a target for every class, got {given}"
+    if given in ((*wanted[:axis], *wanted[axis + 1 :]), (*wanted[:axis], 1, *wanted[axis + 1 :])):
+        rule += (
+            ". If y_true holds class numbers, use SparseCategoricalCrossentropy, or pass "
+            f"torch.nn.functional.one_hot(y_true, {wanted[axis]})"
+        )
+    raise ValueError(rule)
+
+
+def check_smoothing(label_smoothing: Any) -> float:
+    if label_smoothing is None:
+        return 0.0
+    if not isinstance(label_smoothing, numbers.Real):
+        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    return float(label_smoothing)
 
 
 def check_ignore_class(ignore_class: Any) -> Any:
@@ -268,6 +364,21 @@ def sample_losses(
         y = torch.where(counted, y, IGNORED)
     z = y_pred if axis == y_pred.ndim - 1 else y_pred.movedim(axis, -1)
     return row_losses(z, y, None if from_logits else CLIP[dtype], all_classes)
+
+
+def sample_losses_of_targets(
+    y_true: Tensor,
+    y_pred: Tensor,
+    counted: Tensor | None,
+    from_logits: bool,
+    label_smoothing: float,
+    axis: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`sample_losses` for a target for every class."""
+    z, t = (x if axis == x.ndim - 1 else x.movedim(axis, -1) for x in (y_pred, y_true))
+    smoothing = (1 - label_smoothing, label_smoothing / z.shape[-1]) if label_smoothing else None
+    return target_losses(z, t, None if from_logits else CLIP[dtype], smoothing, counted)
 
 
 def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int, axis: int) -> bool:

@@ -92,27 +92,18 @@ class SparseCategoricalCrossentropy(nn.Module):
                 `torch.compile` such a label gives NaN in its own loss and gradient.
             TypeError: strings, complex numbers.
         """
-        y_pred = self._cast(functional.to_tensor("y_pred", y_pred))
+        y_pred = _cast(functional.to_tensor("y_pred", y_pred), self.dtype)
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         axis = functional.class_axis(self.axis, y_pred)
         labels = functional.labels_for(y_true, y_pred, axis)
-        if sample_weight is not None:
-            weight = functional.to_tensor("sample_weight", sample_weight, y_pred)
-            sample_weight = align("sample_weight", weight, labels.shape)
-        if mask is not None:
-            mask = functional.to_tensor("mask", mask, y_pred)
-            mask = align("mask", mask, labels.shape)
+        weight = _aligned("sample_weight", sample_weight, y_pred, labels.shape)
+        mask = _aligned("mask", mask, y_pred, labels.shape)
         mask = combine_masks(mask, functional.not_ignored(labels, self.ignore_class))
         counted = None if mask is None else mask.bool().expand(labels.shape)
         losses = functional.sample_losses(
             labels, y_pred, counted, self.from_logits, axis, self.dtype
         )
-        return reduce(losses, sample_weight, mask, self.reduction).to(self.dtype)
-
-    def _cast(self, y_pred: Tensor) -> Tensor:
-        # The kernels widen halves to float32 row by row, without a copy of the whole tensor.
-        widens = self.dtype == torch.float32 and y_pred.dtype in functional.HALVES
-        return y_pred if widens or y_pred.dtype == self.dtype else y_pred.to(self.dtype)
+        return reduce(losses, weight, mask, self.reduction).to(self.dtype)
 
     def as_criterion(self) -> nn.Module:
         """This loss as a module called with predictions first: `criterion(input, target)`.
@@ -153,18 +144,141 @@ class SparseCategoricalCrossentropy(nn.Module):
         >>> SparseCategoricalCrossentropy.from_config(keras_config)
         SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
         """
-        config = config.get("config", config)
-        return cls(**{key: value for key, value in config.items() if key != "fn"})  # "fn": Keras 2
+        return cls(**_options(config, cls.__name__))
 
     def extra_repr(self) -> str:
-        default = type(self)().get_config()
-        config = {"from_logits": None, **self.get_config()}
         shown = ("from_logits", "ignore_class", "reduction", "axis", "name", "dtype")
-        return ", ".join(
-            f"{key}={config[key]!r}"
-            for key in shown
-            if key == "from_logits" or config[key] != default[key]
+        return _shown(self.get_config(), type(self)().get_config(), shown)
+
+
+class CategoricalCrossentropy(nn.Module):
+    """The cross-entropy, in nats, between targets for every class and predictions.
+
+    A drop-in for `tf.keras.losses.CategoricalCrossentropy`, for labels that are one-hot or soft.
+    For class numbers there is `SparseCategoricalCrossentropy`.
+
+    Args:
+        from_logits: whether predictions are logits; if not, they are probabilities. As for
+            `SparseCategoricalCrossentropy`: to match Keras's `fit()`, return the logits.
+        label_smoothing: how much of each target is spread evenly over the classes, from 0 to 1:
+            y becomes y * (1 - label_smoothing) + label_smoothing / C.
+        axis: the class axis of targets and predictions.
+        reduction, name, dtype: as for `SparseCategoricalCrossentropy`.
+
+    Raises:
+        ValueError: an unknown reduction or name of a dtype, a `label_smoothing` out of range.
+        TypeError: an axis that is not an integer, a `label_smoothing` that is not a number, a
+            dtype that is not floating-point.
+
+    Differs from Keras: the table in the README lists where, with the reasons.
+
+    >>> y_true, y_pred = [[0, 1, 0], [0, 0, 1]], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]
+    >>> loss = CategoricalCrossentropy()
+    >>> round(loss(y_true, y_pred).item(), 3)
+    1.177
+    >>> round(loss(y_true, y_pred, sample_weight=[0.3, 0.7]).item(), 3)
+    0.814
+    >>> CategoricalCrossentropy(label_smoothing=0.1)
+    CategoricalCrossentropy(from_logits=False, label_smoothing=0.1)
+    """
+
+    def __init__(
+        self,
+        from_logits: bool = False,
+        label_smoothing: float = 0.0,
+        axis: int = -1,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "categorical_crossentropy",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.from_logits = functional.check_flag("from_logits", from_logits)
+        self.label_smoothing = functional.check_smoothing(label_smoothing)
+        self.axis = functional.check_axis(axis)
+        self.reduction = check_reduction(reduction)
+        self.name = name or "categorical_crossentropy"
+        self.dtype = _loss_dtype(dtype)
+
+    def forward(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+    ) -> Tensor:
+        """The loss: a scalar, or one value per sample if the reduction is "none".
+
+        Args:
+            y_true: targets in `y_pred`'s shape, of any real dtype. They need not sum to 1, and
+                get a gradient if they require one.
+            y_pred: predictions, (..., C); any real dtype.
+            sample_weight: a scalar, or a shape that broadcasts to the losses' shape.
+            mask: as `sample_weight`. Where it is zero a sample does not count, and what the
+                targets and the predictions are there does not matter.
+
+        What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
+        Shapes do not tell targets from predictions: mind the order.
+
+        Returns:
+            The value, in the loss's dtype. Gradients are in the dtypes of what they are of.
+
+        Raises:
+            ValueError: shapes that do not fit (class numbers, a weight that would enlarge the
+                loss), an axis out of range.
+            TypeError: strings, complex numbers.
+        """
+        y_pred = _cast(functional.to_tensor("y_pred", y_pred), self.dtype)
+        y_true = functional.to_tensor("y_true", y_true, y_pred)
+        y_true, y_pred = functional.match_ranks(y_true, y_pred)
+        axis = functional.class_axis(self.axis, y_pred)
+        functional.check_targets(y_true, y_pred, axis)
+        shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
+        weight = _aligned("sample_weight", sample_weight, y_pred, shape)
+        mask = _aligned("mask", mask, y_pred, shape)
+        counted = None if mask is None else mask.bool().expand(shape)
+        losses = functional.sample_losses_of_targets(
+            y_true, y_pred, counted, self.from_logits, self.label_smoothing, axis, self.dtype
         )
+        return reduce(losses, weight, mask, self.reduction).to(self.dtype)
+
+    def as_criterion(self) -> nn.Module:
+        """This loss as a module called with predictions first: `criterion(input, target)`.
+
+        >>> criterion = CategoricalCrossentropy(from_logits=True).as_criterion()
+        >>> round(criterion(torch.tensor([[2.0, 0.5, 1.0]]), torch.tensor([[0, 0, 1]])).item(), 3)
+        1.464
+        """
+        return _Criterion(self)
+
+    def get_config(self) -> dict[str, Any]:
+        """The options, as plain values that `from_config` takes.
+
+        Differs from Keras: `dtype` is kept.
+
+        >>> CategoricalCrossentropy(dtype="float64").get_config()["dtype"]
+        'float64'
+        """
+        return {
+            "name": self.name,
+            "reduction": self.reduction,
+            "from_logits": self.from_logits,
+            "label_smoothing": self.label_smoothing,
+            "axis": self.axis,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A loss with these options, as `SparseCategoricalCrossentropy.from_config` takes them.
+
+        >>> CategoricalCrossentropy.from_config({"name": "cce", "label_smoothing": 0.2})
+        CategoricalCrossentropy(from_logits=False, label_smoothing=0.2, name='cce')
+        """
+        return cls(**_options(config, cls.__name__))
+
+    def extra_repr(self) -> str:
+        shown = ("from_logits", "label_smoothing", "reduction", "axis", "name", "dtype")
+        return _shown(self.get_config(), type(self)().get_config(), shown)
 
 
 class _Criterion(nn.Module):
@@ -182,6 +296,32 @@ class _Criterion(nn.Module):
         mask: ArrayLike | None = None,
     ) -> Tensor:
         return self.loss(target, input, sample_weight, mask)
+
+
+def _cast(y_pred: Tensor, dtype: torch.dtype) -> Tensor:
+    """Predictions in the loss's dtype, or in a narrower one that the kernels widen by rows."""
+    widens = dtype == torch.float32 and y_pred.dtype in functional.HALVES
+    return y_pred if widens or y_pred.dtype == dtype else y_pred.to(dtype)
+
+
+def _aligned(name: str, value: Any, y_pred: Tensor, shape: torch.Size) -> Tensor | None:
+    """A weight or a mask that broadcasts to the losses' shape, on y_pred's device."""
+    return None if value is None else align(name, functional.to_tensor(name, value, y_pred), shape)
+
+
+def _options(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options in a config of ours or of Keras, for the class of that name."""
+    if config.get("class_name", name) != name:
+        raise ValueError(f"config must be that of a {name}, got one of a {config['class_name']}")
+    config = config.get("config", config)
+    return {key: value for key, value in config.items() if key != "fn"}  # "fn": Keras 2
+
+
+def _shown(config: dict[str, Any], default: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The first option, and those that are not as they are by default."""
+    return ", ".join(
+        f"{key}={config[key]!r}" for key in names if key == names[0] or config[key] != default[key]
+    )
 
 
 def _loss_dtype(dtype: Any) -> torch.dtype:

@@ -34,6 +34,7 @@ Nothing here knows of weights, masks or averages: a weight is the upstream gradi
 
 `aten` has the definition, and serves any device. A module for one device, `cpu` or `cuda`, has its
 `forward` and `backward`; what the first returns behind the losses the second is given at the end.
+`targets` is about rows whose label is a target for every class, with formulas of their own.
 """
 
 import functools
@@ -43,10 +44,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten, cpu
+from . import aten, cpu, targets
 from .aten import IGNORED, Clip
+from .targets import Smoothing
 
-__all__ = ["IGNORED", "row_losses"]
+__all__ = ["IGNORED", "row_losses", "target_losses"]
 
 
 def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = False) -> Tensor:
@@ -55,12 +57,7 @@ def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = Fals
     `clip` says what z holds: None for logits, (low, high) for probabilities to be clipped to
     these inclusive bounds. `all_classes` says that every label is known to be a class.
     """
-    # The compiler fuses plain operations better than we could, and transforms need them.
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad.unpack_dual(z).tangent is not None
-    ):
+    if _needs_plain_operations(z):
         return aten.row_losses(z.to(aten.row_dtype(z)), y, clip)
     if y.ndim == 0:
         return row_losses(z.unsqueeze(0), y.unsqueeze(0), clip, all_classes).squeeze(0)
@@ -70,6 +67,33 @@ def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = Fals
     if kernels is cpu and clip is None and cpu.is_small(z):
         return cpu.small_losses(z, y, all_classes)
     return _RowLosses.apply(z, y, clip, all_classes, kernels)
+
+
+def target_losses(
+    z: Tensor,
+    t: Tensor,
+    clip: Clip = None,
+    smoothing: Smoothing = None,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """The loss of every row of z for the targets t of its shape: (...) for (..., C).
+
+    `clip` is as for `row_losses`. `smoothing`, (keep, share), makes t_j keep * t_j + share.
+    `counted`, (...), is false for rows that have loss 0 and gradient 0, whatever they hold.
+    """
+    small = (z.device.type == "cpu" and cpu.is_small(z)) or z.ndim == 1
+    if small or _needs_plain_operations(z) or _needs_plain_operations(t):
+        return targets.losses(z, t, clip, smoothing, counted)
+    return _TargetLosses.apply(z, t, clip, smoothing, counted)
+
+
+def _needs_plain_operations(x: Tensor) -> bool:
+    """The compiler fuses them better than we could, and transforms need them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(x).tangent is not None
+    )
 
 
 class _RowLosses(torch.autograd.Function):
@@ -89,6 +113,27 @@ class _RowLosses(torch.autograd.Function):
         if _needs_expression(g):
             return _differentiable_gradients(g, z, y, ctx.options[0]), *no_more
         return ctx.kernels.backward(g, z, y, *ctx.options, *summary), *no_more
+
+
+class _TargetLosses(torch.autograd.Function):
+    """The losses of rows with a target for every class."""
+
+    @staticmethod
+    def forward(ctx, z, t, clip, smoothing, counted):
+        ctx.options = (clip, smoothing)
+        ctx.save_for_backward(z, t, counted)
+        return targets.forward(z, t, clip, smoothing, counted)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        (g,), (z, t, counted) = upstream, ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if _needs_expression(g):
+            both = targets.gradients(g, z, t, *ctx.options, counted)
+            found = [d if need else None for d, need in zip(both, needs, strict=True)]
+        else:
+            found = targets.backward(g, z, t, *ctx.options, counted, needs)
+        return *found, None, None, None
 
 
 def _kernels(z: Tensor) -> Any:

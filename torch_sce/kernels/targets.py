@@ -1,0 +1,178 @@
+"""Rows with a target for every class, one-hot or soft: their definition, on any device.
+
+The letters are those of `torch_sce.kernels`, but for the label: t_j is the target of class j, and
+T = sum_j t_j, which is 1 for a distribution and need not be.
+
+    logits:         p = softmax(z)
+                    loss = -sum_j t_j log p_j
+                    dz_j = g * (T p_j - t_j)
+                    dt_j = -g * log p_j
+
+    probabilities:  n_j = q_j / s             s = sum_j q_j           c = clip(n, low, high)
+                    loss = -sum_j t_j log c_j
+                    dq_j = g * (a - w_j) / s      w_j = [low <= n_j <= high] * t_j / c_j
+                    dt_j = -g * log c_j           a = sum_j w_j n_j
+
+That is what tf.keras does for `CategoricalCrossentropy`: probabilities are normalised first and
+clipped then, the other way round than for integer labels. Its gradient for logits has 1 in the
+place of T; here it is the derivative of the loss, whatever the targets add up to.
+
+Targets may be smoothed on the way by (keep, share): t_j becomes keep * t_j + share.
+
+    z, t     (..., C)   predictions and targets, each in a dtype of its own
+    counted  (...)      bool: rows that are not have loss 0 and gradient 0; None: all are
+    g        (...)      upstream gradient of the row's loss
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu
+from .aten import Clip, blocks, empty_like, row_dtype
+
+Smoothing = tuple[float, float] | None
+
+BLOCK = 2**24  # predictions at a time on a device
+
+
+def losses(
+    z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
+) -> Tensor:
+    """The loss of every row, in operations that autograd and the compiler understand."""
+    z, t = _as_counted(z, t, smoothing, counted)
+    return 0 - (t * _logarithms(z, clip)).sum(-1)  # never -0.0
+
+
+def gradients(
+    g: Tensor, z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dz and dt, as expressions that can be differentiated once more."""
+    wide, smooth = _as_counted(z, t, smoothing, counted)
+    if counted is not None:
+        g = torch.where(counted, g, 0)
+    g = g.unsqueeze(-1)
+    logarithms = _logarithms(wide, clip)
+    if clip is None:
+        dz = g * (smooth.sum(-1, keepdim=True) * logarithms.exp() - smooth)
+    else:
+        s = wide.sum(-1, keepdim=True)
+        n = wide / s
+        c = n.clamp(*clip)
+        w = torch.where(n == c, smooth / c, 0)
+        dz = g * ((w * n).sum(-1, keepdim=True) - w) / s
+    dt = g * -_kept(smoothing) * logarithms
+    return dz.to(z.dtype), dt.to(t.dtype) if t.is_floating_point() else dt
+
+
+def forward(
+    z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
+) -> Tensor:
+    """The loss of every row."""
+    loss = z.new_empty(z.shape[:-1], dtype=row_dtype(z))
+    for rows, z_, t_, a, _ in _walk(z, t, clip, smoothing):
+        if clip is None:
+            torch.log_softmax(z_, -1, out=a)
+        else:
+            torch.div(z_, z_.sum(-1, keepdim=True), out=a).clamp_(*clip).log_()
+        loss[rows] = a.mul_(t_).sum(-1)
+    loss = torch.sub(0, loss, out=loss)  # never -0.0
+    return loss if counted is None else loss.masked_fill_(~counted, 0)
+
+
+def backward(
+    g: Tensor,
+    z: Tensor,
+    t: Tensor,
+    clip: Clip,
+    smoothing: Smoothing,
+    counted: Tensor | None,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
+    dz = empty_like(z) if needs[0] else None
+    dt = empty_like(t) if needs[1] else None
+    g = g.unsqueeze(-1)
+    for rows, z_, t_, a, b in _walk(z, t, clip, smoothing):
+        g_, keep = g[rows], _kept(smoothing)
+        if clip is None:
+            if dt is not None:
+                logarithms = torch.log_softmax(z_, -1, out=_place(dt, rows, a))
+                _write(dt, rows, logarithms.mul_(-keep * g_), counted)
+            if dz is not None:
+                p = torch.softmax(z_, -1, out=_place(dz, rows, a))
+                p.mul_(g_ * t_.sum(-1, keepdim=True)).addcmul_(t_, g_, value=-1)
+                _write(dz, rows, p, counted)
+            continue
+        s = z_.sum(-1, keepdim=True)
+        n = torch.div(z_, s, out=a)
+        c = torch.clamp(n, *clip, out=b)
+        if dz is not None:
+            w = torch.div(t_, c, out=_place(dz, rows, torch.empty_like(c))).masked_fill_(n != c, 0)
+            total = n.mul_(w).sum(-1, keepdim=True)
+            _write(dz, rows, torch.sub(total, w, out=w).mul_(g_ / s), counted)
+        if dt is not None:
+            _write(dt, rows, c.log_().mul_(-keep * g_), counted)
+    return dz, dt
+
+
+def _as_counted(
+    z: Tensor, t: Tensor, smoothing: Smoothing, counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """z and t as they are computed with, without what rows that do not count may hold."""
+    z, t = z.to(row_dtype(z)), t.to(row_dtype(z))
+    if smoothing is not None:
+        t = t * smoothing[0] + smoothing[1]
+    if counted is not None:
+        z, t = (torch.where(counted.unsqueeze(-1), x, fill) for x, fill in ((z, 1), (t, 0)))
+    return z, t
+
+
+def _logarithms(z: Tensor, clip: Clip) -> Tensor:
+    """log p of logits, log c of probabilities."""
+    if clip is None:
+        return F.log_softmax(z, -1)
+    return (z / z.sum(-1, keepdim=True)).clamp(*clip).log()
+
+
+def _kept(smoothing: Smoothing) -> float:
+    """The derivative of a smoothed target with respect to the target."""
+    return 1.0 if smoothing is None else smoothing[0]
+
+
+def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing) -> Iterator[tuple]:
+    """The rows of each block, their z and t as they are computed with, and a tensor for use.
+
+    For probabilities there is a second one.
+    """
+    dtype = row_dtype(z)
+    limit = cpu.BLOCK if z.device.type == "cpu" else BLOCK
+    every = list(blocks(z.shape[:-1], z.shape[-1], limit))
+    needed = (True, clip is not None, z.dtype != dtype, t.dtype != dtype or smoothing is not None)
+    scratch = [empty_like(z[every[0]], dtype) if each and every else None for each in needed]
+    for rows in every:
+        z_, t_ = z[rows], t[rows]
+        part = tuple(map(slice, z_.shape))
+        a, b, c, d = (None if x is None else x[part] for x in scratch)
+        if c is not None:
+            z_ = c.copy_(z_)
+        if d is not None:
+            t_ = d.copy_(t_)
+        if smoothing is not None:
+            t_.mul_(smoothing[0]).add_(smoothing[1])
+        yield rows, z_, t_, a, b
+
+
+def _place(out: Tensor, rows: tuple, scratch: Tensor) -> Tensor:
+    """Where to compute these rows of `out`: there, if it has the dtype for it."""
+    return out[rows] if out.dtype == scratch.dtype else scratch
+
+
+def _write(out: Tensor, rows: tuple, values: Tensor, counted: Tensor | None) -> None:
+    """Puts values where they belong, if they are not there already."""
+    if counted is not None:
+        values.masked_fill_(~counted[rows].unsqueeze(-1), 0)
+    if values.data_ptr() != out[rows].data_ptr():
+        out[rows] = values

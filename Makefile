@@ -33,5 +33,5 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -c constraints.txt -e '.[tensorflow,report,triton]' --group dev
+	$(BIN)/python -m pip install -c constraints.txt -e '.[metrics,tensorflow,report,triton]' --group dev
 	touch $(READY)

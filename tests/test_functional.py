@@ -171,7 +171,7 @@ ERRORS = [
     ((Z(2, 5, 3), Z(2, 5)), {}, ValueError, r"as_criterion\(\)\(input, target\)"),
     ((Z(2, 3, 5), Z(2, 5)), {"axis": 1}, ValueError, "fit in PyTorch's order"),
     # one-hot labels
-    ((Z(4, 3), Z(4, 3)), {}, ValueError, r"one-hot, use CategoricalCrossentropy, or .* y_true.argmax\(1\)"),
+    ((Z(4, 3), Z(4, 3)), {}, ValueError, "one-hot, use CategoricalCrossentropy, or pass"),
     # shapes
     ((Z(5), Z(4, 3)), {}, ValueError, r"without its class axis, \(4,\), got \(5,\)"),
     ((Z(1, 4), Z(4, 3)), {}, ValueError, r"got \(1, 4\)"),

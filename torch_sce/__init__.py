@@ -1,5 +1,8 @@
 """tf.keras's `SparseCategoricalCrossentropy` in PyTorch: same numbers, same gradients.
 
+And what stands beside it: `CategoricalCrossentropy`, the functions, the accuracies. The metrics
+are in `torch_sce.metrics`, which needs torchmetrics.
+
 >>> import torch, torch_sce
 >>> loss = torch_sce.SparseCategoricalCrossentropy(from_logits=True)
 >>> logits = torch.tensor([[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]])
@@ -7,6 +10,12 @@
 0.913319
 """
 
+from .accuracy import (
+    categorical_accuracy,
+    sparse_categorical_accuracy,
+    sparse_top_k_categorical_accuracy,
+    top_k_categorical_accuracy,
+)
 from .functional import categorical_crossentropy, sparse_categorical_crossentropy
 from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
@@ -14,6 +23,10 @@ __version__ = "0.1.0"
 __all__ = [
     "CategoricalCrossentropy",
     "SparseCategoricalCrossentropy",
+    "categorical_accuracy",
     "categorical_crossentropy",
+    "sparse_categorical_accuracy",
     "sparse_categorical_crossentropy",
+    "sparse_top_k_categorical_accuracy",
+    "top_k_categorical_accuracy",
 ]

@@ -6,8 +6,6 @@ or in `reduction`, once; the kernels trust what they get.
 """
 
 import math
-import numbers
-import operator
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels import IGNORED, is_traced, row_losses, target_losses
+from .options import FLOATS, check_axis, check_flag, check_ignore_class, check_smoothing
 
 ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
 
@@ -28,7 +27,7 @@ CLIP = {
         torch.tensor(EPSILON, dtype=dtype).item(),
         torch.tensor(1 - EPSILON, dtype=dtype).item(),
     )
-    for dtype in (*HALVES, torch.float32, torch.float64)
+    for dtype in FLOATS
 }
 
 
@@ -73,7 +72,7 @@ def sparse_categorical_crossentropy(
     [0.0513, 2.3026]
     """
     from_logits = check_flag("from_logits", from_logits)
-    y_pred = _floats(y_pred)
+    y_pred = floats(y_pred)
     axis = class_axis(axis, y_pred)
     labels = labels_for(to_tensor("y_true", y_true, y_pred), y_pred, axis)
     counted = not_ignored(labels, ignore_class)
@@ -122,7 +121,7 @@ def categorical_crossentropy(
     """
     from_logits = check_flag("from_logits", from_logits)
     label_smoothing = check_smoothing(label_smoothing)
-    y_pred = _floats(y_pred)
+    y_pred = floats(y_pred)
     y_true = to_tensor("y_true", y_true, y_pred)
     axis = class_axis(axis, y_pred)
     check_targets(y_true, y_pred, axis)
@@ -130,7 +129,7 @@ def categorical_crossentropy(
     return sample_losses_of_targets(y_true, y_pred, None, *options)
 
 
-def _floats(y_pred: ArrayLike) -> Tensor:
+def floats(y_pred: ArrayLike) -> Tensor:
     """Predictions in a dtype that a function computes in; Python numbers as float32."""
     listed = not hasattr(y_pred, "dtype")
     y_pred = to_tensor("y_pred", y_pred)
@@ -200,23 +199,6 @@ def to_array(name: str, value: Any) -> np.ndarray:
     return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """Whether an option is on, as Keras takes it, but for what can only be a slip."""
-    if value is None or isinstance(value, numbers.Real | np.bool_):
-        return bool(value)
-    kind = "a tensor" if isinstance(value, Tensor) else repr(value)
-    raise TypeError(
-        f"{name} must be True or False, got {kind}: options are given where the loss is made, "
-        "as in SparseCategoricalCrossentropy(from_logits=True), and tensors where it is called"
-    )
-
-
-def check_axis(axis: Any) -> int:
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(f"axis must be an integer, got {axis!r}")
-    return operator.index(axis)
-
-
 def class_axis(axis: int, y_pred: Tensor) -> int:
     """`axis` counted from the front, with at least one class on it."""
     axis = check_axis(axis)
@@ -264,7 +246,8 @@ def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple) -> st
         if (*y_true[:swapped], *y_true[swapped + 1 :]) in (y_pred, without_one):
             return (
                 f"{rule}. These shapes fit in PyTorch's order of arguments, but labels come first "
-                f"here: call loss(y_true, y_pred), or loss.as_criterion()(input, target)."
+                f"here: call loss(y_true, y_pred), or loss.as_criterion()(input, target). "
+                f"A metric has update_state(y_true, y_pred) and update(preds, target)."
             )
     if y_true == y_pred and len(y_pred) == 1:
         return f"{rule}. For labels (B,) y_pred must be (B, C): its class axis seems to be missing."
@@ -301,24 +284,6 @@ def check_targets(y_true: Tensor, y_pred: Tensor, axis: int) -> None:
             f"torch.nn.functional.one_hot(y_true, {wanted[axis]})"
         )
     raise ValueError(rule)
-
-
-def check_smoothing(label_smoothing: Any) -> float:
-    if label_smoothing is None:
-        return 0.0
-    if not isinstance(label_smoothing, numbers.Real):
-        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    return float(label_smoothing)
-
-
-def check_ignore_class(ignore_class: Any) -> Any:
-    if isinstance(ignore_class, np.generic):
-        ignore_class = ignore_class.item()
-    if ignore_class is None or isinstance(ignore_class, numbers.Real):
-        return ignore_class
-    raise TypeError(f"ignore_class must be a number or None, got {ignore_class!r}")
 
 
 def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
@@ -387,7 +352,7 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
     Raises for one that counts and is not, where reading the labels costs no wait. That is on the
     CPU in eager mode. Elsewhere the kernels turn such a sample into NaN.
     """
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or is_traced():
+    if not values_can_be_read(labels):
         return False
     if y.numel() == 0:
         return True
@@ -407,6 +372,11 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
         f"y_true must hold labels in [0, {classes}), the classes on axis {axis} of y_pred, "
         f"got {label} at position {position}{more}.{_label_hint(label, y, counted, classes)}"
     )
+
+
+def values_can_be_read(x: Tensor) -> bool:
+    """Whether looking at the values costs no wait and breaks no graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_traced()
 
 
 def _label_hint(label: float, y: Tensor, counted: Tensor | None, classes: int) -> str:

@@ -7,6 +7,15 @@ from torch import Tensor, nn
 
 from . import functional
 from .functional import ArrayLike
+from .options import (
+    check_axis,
+    check_dtype,
+    check_flag,
+    check_ignore_class,
+    check_smoothing,
+    options_in,
+    shown_options,
+)
 from .reduction import align, check_reduction, combine_masks, reduce
 
 
@@ -56,12 +65,12 @@ class SparseCategoricalCrossentropy(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.from_logits = functional.check_flag("from_logits", from_logits)
-        self.ignore_class = functional.check_ignore_class(ignore_class)
+        self.from_logits = check_flag("from_logits", from_logits)
+        self.ignore_class = check_ignore_class(ignore_class)
         self.reduction = check_reduction(reduction)
-        self.axis = functional.check_axis(axis)
+        self.axis = check_axis(axis)
         self.name = name or "sparse_categorical_crossentropy"
-        self.dtype = _loss_dtype(dtype)
+        self.dtype = check_dtype(dtype)
 
     def forward(
         self,
@@ -144,11 +153,11 @@ class SparseCategoricalCrossentropy(nn.Module):
         >>> SparseCategoricalCrossentropy.from_config(keras_config)
         SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
         """
-        return cls(**_options(config, cls.__name__))
+        return cls(**options_in(config, cls.__name__))
 
     def extra_repr(self) -> str:
         shown = ("from_logits", "ignore_class", "reduction", "axis", "name", "dtype")
-        return _shown(self.get_config(), type(self)().get_config(), shown)
+        return shown_options(self.get_config(), type(self)().get_config(), shown, "from_logits")
 
 
 class CategoricalCrossentropy(nn.Module):
@@ -192,12 +201,12 @@ class CategoricalCrossentropy(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.from_logits = functional.check_flag("from_logits", from_logits)
-        self.label_smoothing = functional.check_smoothing(label_smoothing)
-        self.axis = functional.check_axis(axis)
+        self.from_logits = check_flag("from_logits", from_logits)
+        self.label_smoothing = check_smoothing(label_smoothing)
+        self.axis = check_axis(axis)
         self.reduction = check_reduction(reduction)
         self.name = name or "categorical_crossentropy"
-        self.dtype = _loss_dtype(dtype)
+        self.dtype = check_dtype(dtype)
 
     def forward(
         self,
@@ -274,11 +283,11 @@ class CategoricalCrossentropy(nn.Module):
         >>> CategoricalCrossentropy.from_config({"name": "cce", "label_smoothing": 0.2})
         CategoricalCrossentropy(from_logits=False, label_smoothing=0.2, name='cce')
         """
-        return cls(**_options(config, cls.__name__))
+        return cls(**options_in(config, cls.__name__))
 
     def extra_repr(self) -> str:
         shown = ("from_logits", "label_smoothing", "reduction", "axis", "name", "dtype")
-        return _shown(self.get_config(), type(self)().get_config(), shown)
+        return shown_options(self.get_config(), type(self)().get_config(), shown, "from_logits")
 
 
 class _Criterion(nn.Module):
@@ -307,35 +316,3 @@ def _cast(y_pred: Tensor, dtype: torch.dtype) -> Tensor:
 def _aligned(name: str, value: Any, y_pred: Tensor, shape: torch.Size) -> Tensor | None:
     """A weight or a mask that broadcasts to the losses' shape, on y_pred's device."""
     return None if value is None else align(name, functional.to_tensor(name, value, y_pred), shape)
-
-
-def _options(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The options in a config of ours or of Keras, for the class of that name."""
-    if config.get("class_name", name) != name:
-        raise ValueError(f"config must be that of a {name}, got one of a {config['class_name']}")
-    config = config.get("config", config)
-    return {key: value for key, value in config.items() if key != "fn"}  # "fn": Keras 2
-
-
-def _shown(config: dict[str, Any], default: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The first option, and those that are not as they are by default."""
-    return ", ".join(
-        f"{key}={config[key]!r}" for key in names if key == names[0] or config[key] != default[key]
-    )
-
-
-def _loss_dtype(dtype: Any) -> torch.dtype:
-    """A floating-point torch dtype from any of the things that name one."""
-    if dtype is None:
-        return torch.float32
-    dtype = getattr(dtype, "compute_dtype", dtype)  # a Keras policy
-    if isinstance(dtype, str | torch.dtype):
-        name = str(dtype).removeprefix("torch.").removeprefix("mixed_")
-    else:  # np.dtype and tf.DType have a name, np.float32 is a class
-        name = getattr(dtype, "name", getattr(dtype, "__name__", ""))
-    found = getattr(torch, name or "-", None)
-    if found in functional.CLIP:
-        return found
-    error = TypeError if isinstance(found, torch.dtype) else ValueError
-    names = tuple(str(dtype).removeprefix("torch.") for dtype in functional.CLIP)
-    raise error(f"dtype must be None or one of {names}, got {dtype!r}")

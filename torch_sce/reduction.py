@@ -13,12 +13,16 @@ With losses l, weights w (1 if none are given) and a mask v (1 where a sample co
 denominator of a plain mean. A division by zero gives 0. `sum(w v)` runs over the weights as they
 were given, before they broadcast: a scalar weight is divided by itself once. A loss without axes
 is not averaged. The source is `keras.src.losses.loss.reduce_weighted_values`.
+
+Metrics have a rule of their own, see `sample_means`.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .functional import float64_on
 
 MEANS = ("sum_over_batch_size", "mean", "auto")
 REDUCTIONS = (*MEANS, "sum", "mean_with_sample_weight", "none", None)
@@ -56,6 +60,86 @@ def reduce(
     count = mask.to(losses.dtype).sum() * share
     # Where nothing counts, a NaN weight still shows, as it does in Keras.
     return torch.where(count == 0, total * 0, _ratio(total, count))
+
+
+def sample_means(
+    values: Tensor, sample_weight: Tensor | None, *masks: Tensor | None
+) -> tuple[Tensor, Tensor | int]:
+    """What a batch adds to a metric's total and count: Keras 3 averages every sample first.
+
+        without weights:    total = sum_b mean(v_b)       count = B
+        with weights:       total = sum_b mean(w_b v_b)   count = sum_b mean(w_b)
+
+    Weights and masks belong to the leading axes of the values: (B,) has one for each sample, (B,
+    T) for each of its elements, and a scalar weight one for the batch, whose mean then counts as
+    one sample. A mask is a weight, under which a zero hides even a NaN.
+
+    The source is `keras.src.metrics.reduction_metrics.reduce_to_samplewise_values`.
+
+    Args:
+        values: (B, ...), or a single value ().
+        sample_weight, masks: of shapes that broadcast to the values' leading axes; a last axis
+            of size 1 may be one too many.
+
+    Returns:
+        Total and count; sums in float64, in which counts stay exact up to 2^53.
+
+    Raises:
+        ValueError: a weight or a mask of another shape.
+
+    >>> total, count = sample_means(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([2, 1]))
+    >>> total.item(), count.item()
+    (2.0, 3.0)
+    """
+    values = values.to(float64_on(values.device))
+    factors = []
+    if sample_weight is not None:
+        factors.append(_leading("sample_weight", sample_weight, values.shape))
+    for mask in masks:
+        if mask is not None:
+            factors.append(_leading("mask", mask, values.shape))
+            values = values.masked_fill(over_leading_axes("mask", mask, values.shape) == 0, 0)
+    if not factors:
+        return _sample_means(values).sum(), len(values) if values.ndim else 1
+    rank = max(factor.ndim for factor in factors)
+    factor = values.new_ones(())
+    for each in factors:
+        factor = factor * _with_rank(each, rank).to(values.dtype)
+    if values.ndim > rank:
+        values = values.mean(tuple(range(rank, values.ndim)))
+    factor = factor.expand(values.shape)
+    return _sample_means(values * factor).sum(), _sample_means(factor).sum()
+
+
+def over_leading_axes(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A weight or mask of a metric, so that it broadcasts to the values' shape.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    return _with_rank(_leading(name, value, shape), len(shape))
+
+
+def _leading(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """`value` so that its axes are the first of these."""
+    given = tuple(value.shape)
+    if value.ndim == len(shape) + 1 and given[-1] == 1:
+        value = value.squeeze(-1)
+    pairs = zip(value.shape, shape, strict=False)
+    if value.ndim > len(shape) or not all(have in (1, want) for have, want in pairs):
+        raise ValueError(
+            f"{name} must have the shape of the first axes of the values, {tuple(shape)}, or 1 in "
+            f"the place of a size, got {given}"
+        )
+    return value
+
+
+def _with_rank(x: Tensor, rank: int) -> Tensor:
+    return x.reshape(*x.shape, *(1 for _ in range(rank - x.ndim)))
+
+
+def _sample_means(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
 def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:

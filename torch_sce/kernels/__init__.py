@@ -127,12 +127,13 @@ class _TargetLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         (g,), (z, t, counted) = upstream, ctx.saved_tensors
+        clip, smoothing = ctx.options
         needs = ctx.needs_input_grad[:2]
         if _needs_expression(g):
-            both = targets.gradients(g, z, t, *ctx.options, counted)
+            both = targets.gradients(g, z, t, clip, smoothing, counted)
             found = [d if need else None for d, need in zip(both, needs, strict=True)]
         else:
-            found = targets.backward(g, z, t, *ctx.options, counted, needs)
+            found = targets.backward(g, z, t, clip, smoothing, counted, needs)
         return *found, None, None, None
 
 

@@ -1,0 +1,362 @@
+"""The metrics that stand beside the losses in Keras's `compile`, on torchmetrics' `Metric`.
+
+Needs torchmetrics: `pip install 'torch-sce[metrics]'`.
+
+Each metric has the calls of both libraries, and each call the order of arguments of its own:
+
+    Keras           update_state(y_true, y_pred, sample_weight, mask)   result()    reset_state()
+    torchmetrics    update(preds, target, sample_weight, mask)          compute()   reset()
+
+Calling the metric is torchmetrics' `forward(preds, target)`: it updates, and returns the value
+of this batch alone. What torchmetrics has works: collections, checkpoints, moving to a device,
+and the sum over the ranks of `torch.distributed`.
+
+The value is total / count, and 0 while there is no count. Every sample is averaged over its
+elements first, then the samples; `torch_sce.reduction.sample_means` has the rule. Total and count
+are float64: the count of a float32 metric of Keras stops at 2^24 samples. An update does not wait
+for the device. (MPS has no float64: there, keep metrics on the CPU.)
+"""
+
+import re
+import warnings
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from . import accuracy, functional
+from .functional import ArrayLike
+from .options import (
+    check_axis,
+    check_dtype,
+    check_flag,
+    check_ignore_class,
+    check_k,
+    check_smoothing,
+    options_in,
+    shown_options,
+)
+from .reduction import over_leading_axes, sample_means
+
+__all__ = [
+    "Accuracy",
+    "CategoricalAccuracy",
+    "CategoricalCrossentropy",
+    "SparseCategoricalAccuracy",
+    "SparseCategoricalCrossentropy",
+    "SparseTopKCategoricalAccuracy",
+    "TopKCategoricalAccuracy",
+]
+
+
+class _Mean(Metric):
+    """The mean over samples of what `_values` gives: Keras's `MeanMetricWrapper`."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, name: str | None, dtype: Any, options: dict[str, Any], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.options = options
+        self.name = name or _snake_case(type(self).__name__)
+        self.result_dtype = check_dtype(dtype)
+        # A MetricCollection takes metrics for one if their states have the same names and, after
+        # the first batch, the same values: top-1 and top-5 must not.
+        about = re.sub(r"\W", "_", "_".join(map(str, [type(self).__name__, *options.values()])))
+        self._names = (f"total_{about}", f"count_{about}")
+        for state in self._names:
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the values of all samples, weighted; float64."""
+        return getattr(self, self._names[0])
+
+    @property
+    def count(self) -> Tensor:
+        """The number of samples, or the sum of their weights; float64."""
+        return getattr(self, self._names[1])
+
+    def update(
+        self,
+        preds: ArrayLike,
+        target: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+    ) -> None:
+        """Adds a batch: `update_state` with predictions first, as torchmetrics has it."""
+        preds = functional.to_tensor("y_pred", preds)
+        if sample_weight is not None:
+            sample_weight = functional.to_tensor("sample_weight", sample_weight, preds)
+        if mask is not None:
+            mask = functional.to_tensor("mask", mask, preds)
+        values, counted = self._values(target, preds, mask)
+        if sample_weight is None and mask is None:
+            counted = None
+        total, count = sample_means(values.detach(), sample_weight, mask, counted)
+        setattr(self, self._names[0], self.total + total)
+        setattr(self, self._names[1], self.count + count)
+
+    def compute(self) -> Tensor:
+        """total / count, in the metric's dtype; 0 where the count is 0."""
+        is_zero = self.count == 0
+        value = torch.where(is_zero, 0, self.total / torch.where(is_zero, 1, self.count))
+        return value.to(self.result_dtype)
+
+    def update_state(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+    ) -> None:
+        """Adds a batch.
+
+        Args:
+            y_true, y_pred: as the function of the same name takes them.
+            sample_weight: a weight for each sample, (B,), or for each of its elements, (B, T); a
+                scalar makes the batch count as one sample of that weight.
+            mask: where it is zero nothing counts, as with a weight of zero, and what stands there
+                does not matter.
+
+        Raises:
+            ValueError: shapes that do not fit.
+            TypeError: what are not real numbers.
+        """
+        self.update(y_pred, y_true, sample_weight, mask)
+
+    def result(self) -> Tensor:
+        """The mean over all samples since the last reset; 0 before the first."""
+        with warnings.catch_warnings():
+            # Keras has nothing to say of a metric that is asked before its first update.
+            warnings.filterwarnings("ignore", r"The ``compute`` method of metric")
+            return self.compute()
+
+    def reset_state(self) -> None:
+        """Forgets all samples."""
+        self.reset()
+
+    def get_config(self) -> dict[str, Any]:
+        """The options, as plain values that `from_config` takes."""
+        dtype = str(self.result_dtype).removeprefix("torch.")
+        return {"name": self.name, "dtype": dtype, **self.options}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A metric with these options: our own `get_config()`, or that of a Keras metric."""
+        return cls(**options_in(config, cls.__name__))
+
+    def extra_repr(self) -> str:
+        default = type(self).from_config({}).get_config()
+        return shown_options(self.get_config(), default, (*self.options, "name", "dtype"))
+
+    def _values(
+        self, y_true: ArrayLike, y_pred: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A value for each sample; and which are not ignored."""
+        raise NotImplementedError
+
+
+class SparseCategoricalAccuracy(_Mean):
+    """How often the largest prediction is that of the label, for integer labels.
+
+    As `tf.keras.metrics.SparseCategoricalAccuracy`; `sparse_categorical_accuracy` has the rule.
+
+    >>> metric = SparseCategoricalAccuracy()
+    >>> metric.update_state([2, 1], [[0.1, 0.6, 0.3], [0.05, 0.95, 0.0]], sample_weight=[3, 1])
+    >>> metric.result()
+    tensor(0.2500)
+    """
+
+    def __init__(
+        self,
+        name: str | None = "sparse_categorical_accuracy",
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name, dtype, {}, **kwargs)
+
+    def _values(self, y_true, y_pred, mask):
+        return accuracy.sparse_categorical_accuracy(y_true, y_pred), None
+
+
+class CategoricalAccuracy(_Mean):
+    """How often the largest prediction is where the largest target is, for one-hot labels.
+
+    As `tf.keras.metrics.CategoricalAccuracy`; `categorical_accuracy` has the rule.
+
+    >>> metric = CategoricalAccuracy()
+    >>> metric.update_state([[0, 0, 1], [0, 1, 0]], [[0.1, 0.9, 0.8], [0.05, 0.95, 0.0]])
+    >>> metric.result()
+    tensor(0.5000)
+    """
+
+    def __init__(
+        self, name: str | None = "categorical_accuracy", dtype: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(name, dtype, {}, **kwargs)
+
+    def _values(self, y_true, y_pred, mask):
+        return accuracy.categorical_accuracy(y_true, y_pred), None
+
+
+class Accuracy(_Mean):
+    """How often labels and predicted labels, in the same shape, are equal.
+
+    As `tf.keras.metrics.Accuracy`. For predictions with a class axis there are
+    `SparseCategoricalAccuracy` and `CategoricalAccuracy`.
+
+    >>> metric = Accuracy()
+    >>> metric.update_state([1, 2, 3, 4], [0, 2, 3, 4])
+    >>> metric.result()
+    tensor(0.7500)
+    """
+
+    def __init__(self, name: str | None = "accuracy", dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(name, dtype, {}, **kwargs)
+
+    def _values(self, y_true, y_pred, mask):
+        return accuracy.accuracy(y_true, y_pred), None
+
+
+class SparseTopKCategoricalAccuracy(_Mean):
+    """How often the label is among the k largest predictions, for integer labels.
+
+    As `tf.keras.metrics.SparseTopKCategoricalAccuracy`; `sparse_top_k_categorical_accuracy` has
+    the rule, and explains the options.
+
+    >>> metric = SparseTopKCategoricalAccuracy(k=2)
+    >>> metric.update_state([2, 3], [[0.1, 0.9, 0.8, 0.0], [0.05, 0.95, 0.0, 0.0]])
+    >>> metric.result()
+    tensor(0.5000)
+    """
+
+    def __init__(
+        self,
+        k: int = 5,
+        name: str | None = "sparse_top_k_categorical_accuracy",
+        dtype: Any = None,
+        from_sorted_ids: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        sorted_ids = check_flag("from_sorted_ids", from_sorted_ids)
+        super().__init__(name, dtype, {"k": check_k(k), "from_sorted_ids": sorted_ids}, **kwargs)
+
+    def _values(self, y_true, y_pred, mask):
+        return accuracy.sparse_top_k_categorical_accuracy(y_true, y_pred, **self.options), None
+
+
+class TopKCategoricalAccuracy(_Mean):
+    """How often the largest target is among the k largest predictions, for one-hot labels.
+
+    As `tf.keras.metrics.TopKCategoricalAccuracy`; `top_k_categorical_accuracy` has the rule.
+
+    >>> metric = TopKCategoricalAccuracy(k=1)
+    >>> metric.update_state([[0, 0, 1], [0, 1, 0]], [[0.1, 0.9, 0.8], [0.05, 0.95, 0.0]])
+    >>> metric.result()
+    tensor(0.5000)
+    """
+
+    def __init__(
+        self,
+        k: int = 5,
+        name: str | None = "top_k_categorical_accuracy",
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name, dtype, {"k": check_k(k)}, **kwargs)
+
+    def _values(self, y_true, y_pred, mask):
+        return accuracy.top_k_categorical_accuracy(y_true, y_pred, **self.options), None
+
+
+class SparseCategoricalCrossentropy(_Mean):
+    """The mean cross-entropy, in nats, for integer labels. It has no gradient: it is no loss.
+
+    As `tf.keras.metrics.SparseCategoricalCrossentropy`; the function
+    `sparse_categorical_crossentropy` has the rule, and explains the options. As in Keras 3 an
+    ignored sample adds 0 and is counted, unlike in the loss; with weights or a mask it is not.
+
+    >>> metric = SparseCategoricalCrossentropy()
+    >>> metric.update_state([1, 2], [[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])
+    >>> metric.result()
+    tensor(1.1769)
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self,
+        name: str | None = "sparse_categorical_crossentropy",
+        dtype: Any = None,
+        from_logits: bool = False,
+        ignore_class: float | None = None,
+        axis: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        options = {
+            "from_logits": check_flag("from_logits", from_logits),
+            "ignore_class": check_ignore_class(ignore_class),
+            "axis": check_axis(axis),
+        }
+        super().__init__(name, dtype, options, **kwargs)
+
+    def _values(self, y_true, y_pred, mask):
+        y_pred = functional.floats(y_pred)
+        axis = functional.class_axis(self.options["axis"], y_pred)
+        labels = functional.labels_for(functional.to_tensor("y_true", y_true, y_pred), y_pred, axis)
+        counted = kept = functional.not_ignored(labels, self.options["ignore_class"])
+        if mask is not None:
+            shown = over_leading_axes("mask", mask, labels.shape).bool().expand(labels.shape)
+            counted = shown if kept is None else shown & kept
+        logits, dtype = self.options["from_logits"], y_pred.dtype
+        return functional.sample_losses(labels, y_pred, counted, logits, axis, dtype), kept
+
+
+class CategoricalCrossentropy(_Mean):
+    """The mean cross-entropy, in nats, for one-hot labels. It has no gradient: it is no loss.
+
+    As `tf.keras.metrics.CategoricalCrossentropy`; the function `categorical_crossentropy` has the
+    rule, and explains the options.
+
+    >>> metric = CategoricalCrossentropy()
+    >>> metric.update_state([[0, 1, 0], [0, 0, 1]], [[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])
+    >>> metric.result()
+    tensor(1.1769)
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self,
+        name: str | None = "categorical_crossentropy",
+        dtype: Any = None,
+        from_logits: bool = False,
+        label_smoothing: float = 0.0,
+        axis: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        options = {
+            "from_logits": check_flag("from_logits", from_logits),
+            "label_smoothing": check_smoothing(label_smoothing),
+            "axis": check_axis(axis),
+        }
+        super().__init__(name, dtype, options, **kwargs)
+
+    def _values(self, y_true, y_pred, mask):
+        y_pred = functional.floats(y_pred)
+        axis = functional.class_axis(self.options["axis"], y_pred)
+        y_true = functional.to_tensor("y_true", y_true, y_pred)
+        functional.check_targets(y_true, y_pred, axis)
+        shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
+        counted = None
+        if mask is not None:
+            counted = over_leading_axes("mask", mask, shape).bool().expand(shape)
+        options = self.options | {"axis": axis, "dtype": y_pred.dtype}
+        return functional.sample_losses_of_targets(y_true, y_pred, counted, **options), None
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from torch_sce.crosscheck.answers import TARGET, Answer, LiveOracle
-from torch_sce.crosscheck.cases import Case
+from torch_sce.crosscheck.cases import LOSSES, Batch, Case
 
 torch.set_num_threads(1)  # there are as many workers as cores
 
@@ -59,19 +59,30 @@ def ask(keras: LiveOracle) -> Callable[..., Answer]:
 
 
 def make_case(
-    y_true, y_pred, sample_weight=None, mask=None, upstream=None, form="class", **options: Any
+    y_true,
+    y_pred,
+    sample_weight=None,
+    mask=None,
+    upstream=None,
+    form="class",
+    name=LOSSES[0],
+    **options: Any,
 ) -> Case:
     """A case as the cross-check has them, from the arguments of a call."""
     y_pred = np.asarray(y_pred)
-    defaults = {"from_logits": False, "ignore_class": None, "axis": -1}
+    defaults: dict[str, Any] = {}
+    if name in LOSSES:
+        defaults = {"from_logits": False, "axis": -1}
+        defaults |= {"ignore_class": None} if name == LOSSES[0] else {"label_smoothing": 0.0}
+    if form != "function":
+        defaults |= {"dtype": None}
     if form == "class":
-        defaults |= {"reduction": "sum_over_batch_size", "dtype": None}
+        defaults |= {"reduction": "sum_over_batch_size"}
     if upstream is None:
         upstream = np.ones(max(1, y_pred.size) ** 2 + 16, np.float32)
+    mask = None if mask is None else np.asarray(mask)
+    batch = Batch(np.asarray(y_true), y_pred, str(y_pred.dtype), sample_weight, mask)
     return Case(
-        seed=0, index=0, form=form, options=defaults | options,
-        y_true=np.asarray(y_true), y_pred=y_pred,
-        y_pred_dtype=str(y_pred.dtype), sample_weight=sample_weight,
-        mask=None if mask is None else np.asarray(mask), as_lists=False,
-        upstream=np.asarray(upstream), features={},
+        seed=0, index=0, name=name, form=form, options=defaults | options, batch=batch,
+        as_lists=False, upstream=np.asarray(upstream), features={},
     )  # fmt: skip

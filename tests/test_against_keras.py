@@ -7,9 +7,9 @@ from test_losses import TestValuesAtTheEdge
 
 from torch_sce import SparseCategoricalCrossentropy
 from torch_sce.crosscheck.answers import RecordedOracle, ours
-from torch_sce.crosscheck.cases import draw
 from torch_sce.crosscheck.command import CASES, SEED
 from torch_sce.crosscheck.compare import AGREES, differs, judge, reference
+from torch_sce.crosscheck.draw import draw
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
 

@@ -266,7 +266,7 @@ def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
         return y_true, y_pred
 
     def matched(x: Tensor, other: Tensor) -> Tensor:
-        if other.ndim < x.ndim and x.shape[-1] == 1 and short > 1:
+        if other.ndim < x.ndim and x.shape[-1] == 1 and short != 1:
             return x.squeeze(-1)
         return x.unsqueeze(-1) if x.ndim == 1 < other.ndim and other.shape[-1] == 1 else x
 

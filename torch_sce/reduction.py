@@ -135,7 +135,7 @@ def _leading(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _with_rank(x: Tensor, rank: int) -> Tensor:
-    return x.reshape(*x.shape, *(1 for _ in range(rank - x.ndim)))
+    return x.reshape(x.shape + (1,) * (rank - x.ndim))
 
 
 def _sample_means(values: Tensor) -> Tensor:

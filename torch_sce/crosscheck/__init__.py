@@ -1,6 +1,7 @@
 """The proof: random cases, answered by the real tf.keras and by us, and compared.
 
-    cases         draws them: a seed and a number give the same case every time
+    cases         what a case is
+    draw          makes them at random: a seed and a number give the same case every time
     answers       asks tf.keras in a process of its own (worker), a record of it, or ourselves
     reference     the float64 answer, and how far rounding may carry an answer from it
     differences   the rows in which we differ from tf.keras on purpose

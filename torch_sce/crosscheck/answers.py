@@ -1,5 +1,6 @@
 """Whom to ask: a Keras in a process of its own, answers on file, and ourselves."""
 
+import importlib
 import json
 import pickle
 import queue
@@ -17,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from .cases import Case
+from .cases import Batch, Case
 
 TARGET = "tf.keras"
 LIVE = (TARGET, "tf_keras", "keras-torch", "keras-jax")
@@ -37,15 +38,18 @@ class OracleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A value and its gradient with respect to y_pred, or an error.
+    """A value and its gradients with respect to y_pred and to targets, or an error.
 
-    Half-precision results are carried in float32; the dtype's name says what they were.
+    The value of a metric are its results after each update. Half-precision results are carried
+    in float32; the dtype's name says what they were.
     """
 
     value: np.ndarray | None = None
     value_dtype: str | None = None
     gradient: np.ndarray | None = None
     gradient_dtype: str | None = None
+    target_gradient: np.ndarray | None = None
+    target_gradient_dtype: str | None = None
     error: str | None = None
     message: str = ""
 
@@ -160,9 +164,10 @@ class LiveOracle:
 
 def _question(case: Case) -> dict[str, Any]:
     """What the worker needs of a case, in plain values: it does not import this package."""
-    keys = ("form", "options", "y_true", "y_pred", "y_pred_dtype", "sample_weight", "mask",
-            "as_lists", "upstream")  # fmt: skip
-    return {key: getattr(case, key) for key in keys}
+    keys = ("name", "function", "form", "options", "as_lists", "upstream", "is_loss", "is_sparse")
+    question = {key: getattr(case, key) for key in keys}
+    question["steps"] = [None if batch is None else vars(batch) for batch in case.steps]
+    return question
 
 
 class RecordedOracle:
@@ -240,34 +245,69 @@ def ours(case: Case, device: str = "cpu", package: ModuleType | None = None) -> 
     """What `package`, torch_sce unless another is given, makes of the case."""
     if package is None:
         import torch_sce as package
-    dtype = getattr(torch, case.y_pred_dtype)
-    x = torch.tensor(case.y_pred, device=device).to(dtype)
-    if dtype.is_floating_point:
-        x.requires_grad_()
-    y_true, y_pred = _tensor(case.y_true, device), x
-    if case.as_lists:
-        y_true, y_pred = case.y_true.tolist(), case.y_pred.tolist()
     try:
+        if case.is_loss:
+            return _loss(case, device, package)
         if case.form == "function":
-            value = package.sparse_categorical_crossentropy(y_true, y_pred, **case.options)
-        else:
-            loss = package.SparseCategoricalCrossentropy(**case.options)
-            mask = None if case.mask is None else _tensor(case.mask, device)
-            value = loss(y_true, y_pred, sample_weight=case.sample_weight, mask=mask)
-        if value.requires_grad:
-            upstream = torch.tensor(case.upstream[: value.numel()], device=device)
-            value.backward(upstream.reshape(value.shape).to(value.dtype))
+            y_true, y_pred = _tensors(case.batch, device)
+            return _answer(value=getattr(package, case.function)(y_true, y_pred, **case.options))
+        return _metric(case, device, package)
     except (ValueError, TypeError) as error:
         return Answer(error=type(error).__name__, message=str(error))
     except Exception as error:  # not an error we mean to raise: never the right answer
         return Answer(error=f"unintended {type(error).__name__}", message=str(error))
-    parts = {"value": value.detach()} | ({} if x.grad is None else {"gradient": x.grad})
+
+
+def _loss(case: Case, device: str, package: ModuleType) -> Answer:
+    t, x = y_true, y_pred = _tensors(case.batch, device)
+    if x.is_floating_point():
+        x.requires_grad_()
+    if t.is_floating_point() and not case.is_sparse:
+        t.requires_grad_()
+    if case.as_lists:
+        y_true, y_pred = case.y_true.tolist(), case.y_pred.tolist()
+    if case.form == "function":
+        value = getattr(package, case.function)(y_true, y_pred, **case.options)
+    else:
+        loss = getattr(package, case.name)(**case.options)
+        mask = None if case.mask is None else _tensor(case.mask, device)
+        value = loss(y_true, y_pred, sample_weight=case.sample_weight, mask=mask)
+    if value.requires_grad:
+        upstream = torch.tensor(case.upstream[: value.numel()], device=device)
+        value.backward(upstream.reshape(value.shape).to(value.dtype))
+    return _answer(value=value.detach(), gradient=x.grad, target_gradient=t.grad)
+
+
+def _metric(case: Case, device: str, package: ModuleType) -> Answer:
+    metrics = importlib.import_module(f"{package.__name__}.metrics")
+    metric = getattr(metrics, case.name)(**case.options).to(device)
+    results = []
+    for batch in case.steps:
+        if batch is None:
+            metric.reset_state()
+        else:
+            y_true, y_pred = _tensors(batch, device)
+            if case.as_lists:
+                y_true, y_pred = batch.y_true.tolist(), batch.y_pred.tolist()
+            mask = None if batch.mask is None else _tensor(batch.mask, device)
+            metric.update_state(y_true, y_pred, batch.sample_weight, mask)
+        results.append(metric.result())
+    return _answer(value=torch.stack(results))
+
+
+def _answer(**parts: torch.Tensor | None) -> Answer:
     fields = {}
     for name, tensor in parts.items():
-        fields[f"{name}_dtype"] = str(tensor.dtype).removeprefix("torch.")
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        fields[name] = tensor.to(wide).cpu().numpy()
+        if tensor is not None:
+            fields[f"{name}_dtype"] = str(tensor.dtype).removeprefix("torch.")
+            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            fields[name] = tensor.to(wide).cpu().numpy()
     return Answer(**fields)
+
+
+def _tensors(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    y_pred = torch.tensor(batch.y_pred, device=device).to(getattr(torch, batch.y_pred_dtype))
+    return _tensor(batch.y_true, device), y_pred
 
 
 def _tensor(array: np.ndarray, device: str) -> torch.Tensor:

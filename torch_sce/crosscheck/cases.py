@@ -1,189 +1,121 @@
-"""Random cases over everything the loss accepts, and much that it must refuse.
+"""What a case is: one call of a loss or of a function, or some updates of a metric.
 
-A case is drawn from `(seed, index)` alone, so any one can be drawn again by itself. Most options
-stay ordinary in most cases: what is odd then meets ordinary company, and two odd things meet
-often enough.
-
-Values are chosen so that the answer does not depend on luck. Weights that may add up to zero are
-multiples of 1/4, whose sums are exact in any order and dtype: a denominator is zero for everybody
-or for nobody.
+`draw` makes them at random.
 """
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-FLOATS = ("float32", "float16", "bfloat16", "float64")
-REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
-LABEL_DTYPES = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool")
+LOSSES = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call is given."""
+
+    y_true: np.ndarray
+    y_pred: np.ndarray  # bfloat16 values are carried in float32
+    y_pred_dtype: str
+    sample_weight: Any = None
+    mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the loss, and the features it is counted under."""
+    """Something that Keras has under this name, what it is given, and the features it is
+    counted under.
+    """
 
     seed: int
     index: int
-    form: str  # "class", or "function" for the unreduced function
+    name: str  # of the class; functions have the same in snake case
+    form: str  # "class" of a loss, "function" (unreduced), or "metric"
     options: dict[str, Any]
-    y_true: np.ndarray
-    y_pred: np.ndarray  # bfloat16 values are carried in float32
-    y_pred_dtype: str
-    sample_weight: Any
-    mask: np.ndarray | None
+    batch: Batch
     as_lists: bool
     upstream: np.ndarray  # what the value is multiplied by before differentiation, one per loss
     features: dict[str, str]
+    more: tuple[Batch | None, ...] = ()  # further updates of a metric; None: a reset
+
+    @property
+    def y_true(self) -> np.ndarray:
+        return self.batch.y_true
+
+    @property
+    def y_pred(self) -> np.ndarray:
+        return self.batch.y_pred
+
+    @property
+    def y_pred_dtype(self) -> str:
+        return self.batch.y_pred_dtype
+
+    @property
+    def sample_weight(self) -> Any:
+        return self.batch.sample_weight
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        return self.batch.mask
+
+    @property
+    def steps(self) -> tuple[Batch | None, ...]:
+        """What a metric is given, one after the other."""
+        return (self.batch, *self.more)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether labels are class numbers, not targets for every class."""
+        return self.name.startswith("Sparse")
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether it has gradients."""
+        return self.name in LOSSES and self.form != "metric"
+
+    @property
+    def function(self) -> str:
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.name).lower()
 
     @property
     def loss_dtype(self) -> str:
-        """The dtype Keras computes in: the function's is the predictions' own."""
+        """The dtype Keras computes in: the function's is the predictions' own.
+
+        A metric computes its values in one and adds them up in the other: this is the coarser.
+        """
         if self.form == "function":
-            return self.y_pred_dtype
-        return self.options["dtype"] or "float32"
+            return self.y_pred_dtype if self.is_loss else "float32"
+        dtype = self.options.get("dtype") or "float32"
+        if self.form == "metric" and self.name in LOSSES:
+            order = ("bfloat16", "float16", "float32", "float64")
+            known = [each for each in (dtype, self.y_pred_dtype) if each in order]
+            return min(known, key=order.index)
+        return dtype
 
     @property
     def fingerprint(self) -> str:
         """A hash of all that goes into the call: equal inputs, equal fingerprint."""
         digest = hashlib.sha256()
-        for part in (self.y_true, self.y_pred, self.sample_weight, self.mask, self.upstream):
+        parts: list[Any] = [self.upstream]
+        for batch in self.steps:
+            parts += [None] if batch is None else vars(batch).values()
+        for part in parts:
             array = np.asarray(np.nan if part is None else part)
             digest.update(f"{part is None}{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
-        rest = (self.form, sorted(self.options.items()), self.y_pred_dtype, self.as_lists)
+        rest = (self.name, self.form, sorted(self.options.items()), self.as_lists)
         digest.update(repr(rest).encode())
         return digest.hexdigest()[:16]
 
 
-def draw(seed: int, index: int) -> Case:
-    """The case of that number."""
-    rng = np.random.default_rng([seed, index])
-    features: dict[str, str] = {}
-    form = features["form"] = _pick(rng, {"class": 9, "function": 1})
-    from_logits = bool(rng.integers(2))
-    features["predictions are"] = "logits" if from_logits else "probabilities"
-
-    loss_shape, classes = _shape(rng, features)
-    y_pred = _predictions(rng, features, from_logits, loss_shape, classes)
-    y_pred, y_pred_dtype = _predictions_dtype(rng, features, y_pred)
-    y_pred, axis = _axis(rng, features, y_pred, loss_shape)
-    y_true, ignore_class = _labels(rng, features, loss_shape, classes)
-    y_true = _label_shape(rng, features, y_true, axis)
-
-    options = {"from_logits": from_logits, "ignore_class": ignore_class, "axis": axis}
-    weight = mask = None
-    as_lists = False
-    if form == "class":
-        options["reduction"] = _reduction(rng, features)
-        options["dtype"] = _pick(
-            rng, {None: 20, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 3}
-        )
-        features["dtype"] = str(options["dtype"])
-        weight = _weights(rng, features, loss_shape)
-        mask = _mask(rng, features, loss_shape)
-    if y_pred_dtype == "float32" and rng.random() < 0.03:
-        as_lists = True
-    features["given as"] = "lists" if as_lists else "arrays"
-    size = max(1, int(np.prod(loss_shape)))
-    upstream = rng.choice([-2.0, -1.0, -0.5, 0.5, 1.0, 1.5, 3.0], size).astype(np.float32)
-    return Case(
-        seed, index, form, options, y_true, y_pred, y_pred_dtype, weight, mask, as_lists, upstream,
-        features,
-    )  # fmt: skip
-
-
-def _pick(rng: np.random.Generator, odds: dict[Any, float]) -> Any:
+def pick(rng: np.random.Generator, odds: Mapping[Any, float]) -> Any:
     """A key of `odds`, with these odds."""
     weights = np.array(list(odds.values()), dtype=float)
     return list(odds)[rng.choice(len(odds), p=weights / weights.sum())]
-
-
-def _shape(rng, features) -> tuple[tuple[int, ...], int]:
-    rank = _pick(rng, {0: 1, 1: 8, 2: 6, 3: 2})
-    loss_shape = tuple(int(n) for n in rng.integers(1, 7, rank))
-    classes = int(rng.integers(2, 12))
-    kind = _pick(rng, {"small": 30, "one class": 2, "no samples": 1, "square": 6, "B = 1": 2,
-                       "many samples": 2, "many classes": 2, "no classes": 0.5})  # fmt: skip
-    if kind == "one class":
-        classes = 1
-    elif kind == "no classes":
-        classes = 0
-    elif kind == "many classes":
-        classes, loss_shape = int(rng.integers(200, 3000)), loss_shape[:1]
-    elif kind == "many samples":
-        loss_shape = (int(rng.integers(200, 800)), *loss_shape[1:2])
-    elif kind == "no samples" and rank > 0:
-        empty = int(rng.integers(rank))
-        loss_shape = tuple(0 if i == empty else n for i, n in enumerate(loss_shape))
-    elif kind == "square" and rank > 1:
-        loss_shape = loss_shape[:1] * rank
-    elif kind == "B = 1" and rank > 0:
-        loss_shape = (1, *loss_shape[1:])
-    features["size"] = kind
-    features["rank of y_pred"] = str(len(loss_shape) + 1)
-    return loss_shape, classes
-
-
-def _predictions(rng, features, from_logits, loss_shape, classes) -> np.ndarray:
-    shape = (*loss_shape, classes)
-    logits = rng.standard_normal(shape)
-    if from_logits:
-        kind = _pick(rng, {"normal": 8, "wide": 6, "with an offset": 3, "huge": 1, "equal": 1,
-                           "with -inf": 2, "with inf": 1, "with nan": 1, "zeros": 1})  # fmt: skip
-        if kind == "wide":
-            logits *= rng.choice([5.0, 20.0, 100.0])
-        elif kind == "with an offset":
-            logits = logits * 3 + rng.choice([1e3, -1e4, 1e5])
-        elif kind == "huge":
-            logits *= rng.choice([1e4, 1e30, 1e33])  # sums of these stay finite
-        elif kind == "equal":
-            logits = np.broadcast_to(logits[..., :1], shape).copy()
-        elif kind == "zeros":
-            logits = np.zeros(shape)
-        values = _sprinkle(rng, logits, kind)
-    else:
-        kind = _pick(rng, {"softmax": 8, "peaked": 4, "with zeros and ones": 4, "unnormalised": 3,
-                           "outside [0, 1]": 2, "at the bounds": 2, "with -inf": 0.7,
-                           "with inf": 0.7, "with nan": 1, "uniform": 1})  # fmt: skip
-        scale = rng.choice([5.0, 15.0]) if kind == "peaked" else 1.0
-        values = np.exp(scale * logits)
-        values /= values.sum(-1, keepdims=True)
-        if kind == "with zeros and ones" and classes:
-            hot = np.eye(classes)[rng.integers(0, classes, loss_shape)]
-            values = np.where(rng.random((*loss_shape, 1)) < 0.6, hot, values)
-            values = np.where(rng.random(shape) < 0.2, 0.0, values)
-        elif kind == "unnormalised":
-            values = rng.random(shape)
-        elif kind == "outside [0, 1]":
-            values = logits * 2
-        elif kind == "at the bounds":
-            low, high = np.float32(1e-7), np.float32(1 - 1e-7)
-            edge = [low, np.nextafter(low, np.float32(0)), np.nextafter(low, np.float32(1)),
-                    high, np.nextafter(high, np.float32(0)), np.float32(1), 3e-7]  # fmt: skip
-            values = np.where(rng.random(shape) < 0.4, rng.choice(edge, shape), values)
-        elif kind == "uniform" and classes:
-            values = np.full(shape, 1 / classes)
-        values = _sprinkle(rng, values, kind)
-    features["values"] = kind
-    return values
-
-
-def _sprinkle(rng, values, kind) -> np.ndarray:
-    odd = {"with -inf": -np.inf, "with inf": np.inf, "with nan": np.nan}.get(kind)
-    return values if odd is None else np.where(rng.random(values.shape) < 0.15, odd, values)
-
-
-def _predictions_dtype(rng, features, values) -> tuple[np.ndarray, str]:
-    dtype = _pick(rng, {"float32": 14, "float16": 1, "bfloat16": 1, "float64": 2, "int32": 0.3})
-    features["dtype of y_pred"] = dtype
-    with np.errstate(all="ignore"):
-        if dtype == "bfloat16":
-            return to_bfloat16(values.astype(np.float32)), dtype
-        if dtype == "int32":
-            return np.clip(np.nan_to_num(values), -1e6, 1e6).astype(np.int32), dtype
-        return values.astype(dtype), dtype
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -191,157 +123,3 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return np.where(np.isfinite(values), rounded.view(np.float32), values).reshape(values.shape)
-
-
-def _axis(rng, features, y_pred, loss_shape) -> tuple[np.ndarray, int]:
-    rank = y_pred.ndim
-    kind = _pick(rng, {"-1": 30, "last": 3, "other": 2, "outside": 0.5})
-    axis = -1
-    if kind == "last":
-        axis = rank - 1
-    elif kind == "outside":
-        axis = int(rng.choice([rank, rank + 2, -rank - 1]))
-    elif kind == "other" and rank > 1:
-        axis = int(rng.integers(rank - 1))
-        y_pred = np.ascontiguousarray(np.moveaxis(y_pred, -1, axis))
-        if rng.random() < 0.5:
-            axis -= rank
-    features["axis"] = kind
-    return y_pred, axis
-
-
-def _labels(rng, features, loss_shape, classes) -> tuple[np.ndarray, Any]:
-    """Labels and the class to ignore, which have to know of each other."""
-    labels = rng.integers(0, max(classes, 1), loss_shape)
-    kind = _pick(rng, {"none": 20, "a class": 3, "-1": 4, "255": 2, "-100": 1, "all": 1,
-                       "a float": 1, "absent": 1, "True": 0.5})  # fmt: skip
-    ignore = {"-1": -1, "255": 255, "-100": -100, "a float": 1.0, "absent": -7, "True": True}.get(
-        kind, int(rng.integers(0, max(classes, 1))) if kind != "none" else None
-    )
-    if kind == "all":
-        labels = np.full(loss_shape, ignore)
-    elif ignore is not None and kind != "absent":
-        labels = np.where(rng.random(loss_shape) < 0.4, int(ignore), labels)
-    features["ignore_class"] = kind
-
-    values = _pick(rng, {"valid": 30, "outside": 1.2, "fractional": 2})
-    if values == "outside":
-        odd = rng.choice([-1, -100, classes, classes + 3, 255])
-        labels = np.where(rng.random(loss_shape) < 0.3, odd, labels)
-    dtype = _pick(rng, {"int64": 10, "int32": 5, "other": 8, "float": 3})
-    if values == "fractional":
-        dtype = "float"
-    if dtype == "other":
-        dtype = str(rng.choice(LABEL_DTYPES))
-    elif dtype == "float":
-        dtype = str(rng.choice(["float32", "float16", "float64"]))
-    if not np.issubdtype(np.dtype(dtype), np.floating) and labels.size:
-        limits = np.iinfo(dtype) if dtype != "bool" else None
-        low, high = (limits.min, limits.max) if limits else (0, 1)
-        if labels.min() < low or labels.max() > high:
-            dtype = "int64"
-    labels = labels.astype(dtype)
-    if values == "fractional":
-        whole = rng.random(loss_shape) < 0.4
-        labels = (labels + np.where(whole, 0, rng.choice([0.25, 0.5, 0.75]))).astype(dtype)
-        if rng.random() < 0.3:
-            odd = rng.choice([-0.5, -0.9, 1.5, np.nan, np.inf, 1 - 1e-9, 2 - 1e-9])
-            labels = np.where(rng.random(loss_shape) < 0.3, odd, labels).astype(dtype)
-            ignore = 1.5 if ignore is not None and rng.random() < 0.5 else ignore
-    features["labels"] = values
-    features["dtype of y_true"] = dtype
-    return labels, ignore
-
-
-def _label_shape(rng, features, labels, axis) -> np.ndarray:
-    kind = _pick(rng, {"plain": 20, "trailing 1": 7, "two trailing 1": 1,
-                       "1 at the class axis": 1, "flat": 0.7, "leading 1": 0.5, "scalar": 0.3,
-                       "one too many": 0.3})  # fmt: skip
-    features["shape of y_true"] = kind
-    if kind == "trailing 1":
-        return labels[..., None]
-    if kind == "two trailing 1":
-        return labels[..., None, None]
-    if kind == "1 at the class axis":
-        return np.expand_dims(labels, max(-labels.ndim - 1, min(axis, labels.ndim)))
-    if kind == "flat":
-        return labels.reshape(-1)
-    if kind == "leading 1":
-        return labels[None]
-    if kind == "scalar" and labels.size:
-        return labels.reshape(-1)[0]
-    if kind == "one too many" and labels.ndim:
-        return np.concatenate([labels, labels[:1]])
-    return labels
-
-
-def _reduction(rng, features) -> Any:
-    reduction = _pick(
-        rng, {**{r: 5 for r in REDUCTIONS}, "sum_over_batch_size": 9, "auto": 1, "average": 0.4}
-    )
-    features["reduction"] = str(reduction)
-    return reduction
-
-
-def _weight_shape(rng, loss_shape) -> tuple[str, tuple[int, ...]]:
-    """The name of a shape, and the shape: all that Keras's rules accept, and some they do not."""
-    full = loss_shape
-    choices: dict[str, tuple[float, tuple[int, ...]]] = {
-        "losses' own": (8, full),
-        "with a trailing 1": (3, (*full, 1)),
-        "scalar": (2, ()),
-        "(1,)": (1, (1,)),
-        "(B,)": (1.5, full[:1]),
-        "last axis only": (1, full[-1:]),
-        "(B, 1, ...)": (3, (*full[:1], *(1 for _ in full[1:]))),
-        "(1, ..., T)": (1, (*(1 for _ in full[1:]), *full[-1:])),
-        "leading 1": (1, (1, *full)),
-        "two trailing 1": (0.7, (*full, 1, 1)),
-        "wrong": (0.4, (*full[:-1], (full[-1] + 1) if full else 3)),
-        "squared": (0.5, (*full, *full[-1:])),
-    }
-    kind = _pick(rng, {name: odds for name, (odds, _) in choices.items()})
-    return kind, choices[kind][1]
-
-
-def _weights(rng, features, loss_shape) -> Any:
-    if rng.random() < 0.5:
-        features["sample_weight"] = "none"
-        return None
-    kind, shape = _weight_shape(rng, loss_shape)
-    values = _pick(
-        rng,
-        {"positive": 5, "arbitrary": 5, "with zeros": 4, "signed": 2, "all zero": 1, "nan": 0.5},
-    )
-    weight = rng.integers(1, 13, shape) / 4
-    if values == "arbitrary":
-        weight = rng.uniform(0.1, 3, shape)
-    elif values == "with zeros":
-        weight = weight * (rng.random(shape) < 0.6)
-    elif values == "signed":
-        weight = weight * rng.choice([-1, 1], shape)
-    elif values == "all zero":
-        weight = weight * 0
-    elif values == "nan":
-        weight = np.where(rng.random(shape) < 0.3, np.nan, weight)
-    features["sample_weight"] = kind
-    features["values of sample_weight"] = values
-    container = _pick(rng, {"float32": 10, "float64": 2, "int32": 1, "bool": 1, "list": 2})
-    if container == "list":
-        return np.asarray(weight).tolist()
-    if container in ("int32", "bool") and values == "nan":
-        container = "float32"
-    return np.asarray(weight).astype(container)
-
-
-def _mask(rng, features, loss_shape) -> np.ndarray | None:
-    if rng.random() < 0.7:
-        features["mask"] = "none"
-        return None
-    kind, shape = _weight_shape(rng, loss_shape)
-    share = _pick(rng, {0.6: 10, 0.0: 1, 1.0: 1})
-    mask = np.asarray(rng.random(shape) < share)
-    dtype = _pick(rng, {"bool": 8, "int32": 1, "float32": 1, "half": 0.7})
-    features["mask"] = kind
-    features["dtype of mask"] = dtype
-    return mask * np.float32(0.5) if dtype == "half" else mask.astype(dtype)

@@ -26,8 +26,9 @@ from .answers import (
     ours,
     record,
 )
-from .cases import Case, draw
+from .cases import Case
 from .compare import Verdict, judge
+from .draw import draw
 
 CASES = 2500
 SEED = 0

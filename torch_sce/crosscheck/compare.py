@@ -8,8 +8,10 @@ from .answers import Answer
 from .cases import Case
 from .differences import DIFFERENCES
 from .reference import LEAST, UNIT, Expected, Refused, expected, overflowed
+from .reference_metrics import expected_metric
 
 AGREES, DELIBERATE, MISMATCH = "agrees", "deliberate", "mismatch"
+GRADIENTS = ("gradient", "target_gradient")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def judge(case: Case, keras: Answer, ours: Answer, poisons: bool = False) -> Ver
 def reference(case: Case, poisons: bool = False) -> tuple[Expected | None, str]:
     """The right answer, or None and the name of the rule for which the case is refused."""
     try:
-        return expected(case, poisons), ""
+        return (expected if case.is_loss else expected_metric)(case, poisons), ""
     except Refused as refusal:
         return None, str(refusal)
 
@@ -73,11 +75,14 @@ def differs_from_reference(ours: Answer, right: Expected | None, case: Case) -> 
         return None if intended else f"should raise a ValueError or TypeError, not {ours.error}"
     if ours.error:
         return f"raises {ours.error}: {ours.message}"
-    gradient = None if case.as_lists or ours.gradient_dtype is None else right.gradient
-    gradient_dtype = None if gradient is None else right.gradient_dtype
-    if gradient is not None:  # it goes through the loss's dtype on its way back
-        gradient = overflowed(overflowed(gradient, right.dtype), right.gradient_dtype)
-    wanted = Answer(overflowed(right.value, right.dtype), right.dtype, gradient, gradient_dtype)
+    parts = {}
+    for part in GRADIENTS:
+        gradient, dtype = getattr(right, part), getattr(right, f"{part}_dtype")
+        if gradient is not None and getattr(ours, part) is not None:
+            # It goes through the loss's dtype on its way back.
+            parts[part] = overflowed(overflowed(gradient, right.dtype), dtype)
+            parts[f"{part}_dtype"] = dtype
+    wanted = Answer(overflowed(right.value, right.dtype), right.dtype, **parts)
     # Halves are computed in float32: only the last rounding is theirs.
     unit = min(UNIT[case.loss_dtype], UNIT["float32"])
     return _values_differ(wanted, ours, right, case, 1, unit)
@@ -86,22 +91,27 @@ def differs_from_reference(ours: Answer, right: Expected | None, case: Case) -> 
 def _values_differ(
     a: Answer, b: Answer, right: Expected, case: Case, sides: int, unit: float
 ) -> str | None:
-    if a.value_dtype != b.value_dtype or a.gradient_dtype != b.gradient_dtype:
-        return f"dtype {a.value_dtype}, {a.gradient_dtype} and {b.value_dtype}, {b.gradient_dtype}"
+    dtypes = [[getattr(each, f"{part}_dtype") for part in ("value", *GRADIENTS)] for each in (a, b)]
+    if dtypes[0] != dtypes[1]:
+        return f"dtype {', '.join(map(str, dtypes[0]))} and {', '.join(map(str, dtypes[1]))}"
     assert a.value is not None and b.value is not None
     if a.value.shape != b.value.shape:
         return f"shape {a.value.shape} and {b.value.shape}"
     bound = sides * (unit * right.value_scale + UNIT[right.dtype] * np.abs(right.value))
     if not _close(a.value, b.value, bound + LEAST[case.loss_dtype]):
         return f"value {_worst(a.value, b.value)}"
-    if a.gradient is None or b.gradient is None:
-        return None if a.gradient is b.gradient else "only one has a gradient"
-    # The gradient is rounded to the loss's dtype, and to the predictions', on its way back.
-    dtype = case.y_pred_dtype if case.y_pred_dtype in LEAST else "float32"
-    last = (UNIT[case.loss_dtype] + UNIT[dtype]) * np.abs(right.gradient)
-    bound = sides * (unit * right.gradient_scale + last) + LEAST[dtype] + LEAST[case.loss_dtype]
-    if not _close(a.gradient, b.gradient, bound):
-        return f"gradient {_worst(a.gradient, b.gradient)}"
+    for part in GRADIENTS:
+        found, other, size = (getattr(each, part) for each in (a, b, right))
+        if found is None or other is None:
+            if found is not other:
+                return f"only one has a {part.replace('_', ' ')}"
+            continue
+        # The gradient is rounded to the loss's dtype, and to that of what it is of.
+        dtype = getattr(right, f"{part}_dtype")
+        last = (UNIT[case.loss_dtype] + UNIT[dtype]) * np.abs(size)
+        bound = sides * (unit * getattr(right, f"{part}_scale") + last)
+        if not _close(found, other, bound + LEAST[dtype] + LEAST[case.loss_dtype]):
+            return f"{part.replace('_', ' ')} {_worst(found, other)}"
     return None
 
 
@@ -121,8 +131,9 @@ def _worst(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def _errors(case: Case, keras: Answer, ours: Answer, right: Expected | None) -> dict[str, float]:
-    """Errors against the float64 answer, for cases in float32 that have one."""
-    if right is None or case.loss_dtype != "float32" or case.y_pred_dtype != "float32":
+    """Errors against the float64 answer, for losses in float32 that have one."""
+    plain = case.is_loss and case.loss_dtype == case.y_pred_dtype == "float32"
+    if right is None or not plain:
         return {}
     found = {}
     for who, answer in {"ours": ours, "Keras": keras}.items():
@@ -131,7 +142,9 @@ def _errors(case: Case, keras: Answer, ours: Answer, right: Expected | None) -> 
             ("gradient", right.gradient, right.gradient_size),
         ):
             got = getattr(answer, part)
-            if got is not None and (np.isfinite(got) & np.isfinite(truth)).any():
+            if got is None or truth is None or size is None:
+                continue
+            if (np.isfinite(got) & np.isfinite(truth)).any():
                 found[f"{who}, {part}"] = _ulps(got, truth, size)
     return found
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .answers import Answer
 from .cases import Case, to_bfloat16
+from .reference import UNIT
 
 HALVES = ("float16", "bfloat16")
 Condition = Callable[[Case, Answer, Answer, str], bool]
@@ -44,7 +45,7 @@ def _weight_meets_the_wrong_axis(case: Case, keras: Answer, ours: Answer, refuse
 
 
 def _only_the_shape_differs(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    if case.options.get("reduction", "none") not in ("none", None):
+    if not case.is_loss or case.options.get("reduction", "none") not in ("none", None):
         return False
     theirs, mine = keras.value, ours.value
     if theirs is None or mine is None or theirs.size != mine.size or theirs.shape == mine.shape:
@@ -53,41 +54,92 @@ def _only_the_shape_differs(case: Case, keras: Answer, ours: Answer, refused: st
 
 
 def _labels_are_rounded(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    labels = np.asarray(case.y_true).astype(np.float64)
-    if case.loss_dtype == "bfloat16":
-        cast = to_bfloat16(labels.astype(np.float32))
-    else:
-        cast = labels.astype(case.loss_dtype)
+    return (case.is_sparse or case.name == "Accuracy") and any(
+        _rounds(batch.y_true, case.loss_dtype if case.is_loss else batch.y_pred_dtype)
+        for batch in case.steps
+        if batch is not None
+    )
+
+
+def _rounds(y_true: np.ndarray, dtype: str) -> bool:
+    labels = np.asarray(y_true).astype(np.float64)
+    half = dtype == "bfloat16"
+    cast = to_bfloat16(labels.astype(np.float32)) if half else labels.astype(dtype)
     return bool((cast != labels)[np.isfinite(labels)].any())
 
 
+def _in_half_precision(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    return case.form != "function" and case.loss_dtype in HALVES
+
+
+def _function_of_halves(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    return case.form == "function" and case.is_loss and case.y_pred_dtype in HALVES
+
+
 def _something_is_masked(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    if case.mask is None or np.all(case.mask):
+    masks = [batch.mask for batch in case.steps if batch is not None and batch.mask is not None]
+    if all(np.all(mask) for mask in masks):
         return False
-    parts = (keras.value, keras.gradient)
+    parts = (keras.value, keras.gradient, keras.target_gradient)
     return bool(keras.error) or any(part is not None and np.isnan(part).any() for part in parts)
 
 
 def _mask_meets_others(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    ignores = case.options["ignore_class"] is not None
-    return case.mask is not None and (ignores or case.sample_weight is not None)
+    """Of a metric, the samples that are not ignored are a mask, if there is another factor."""
+    ignores = case.options.get("ignore_class") is not None
+    return any(
+        (batch.mask is not None) + (batch.sample_weight is not None) + ignores > 1
+        and (batch.mask is not None or not case.is_loss)
+        for batch in case.steps
+        if batch is not None
+    )
 
 
 def _is_empty(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    return case.y_pred.size == 0 and case.options.get("reduction", "none") not in ("none", None)
+    reduces = case.options.get("reduction", "none") not in ("none", None)
+    return case.is_loss and case.y_pred.size == 0 and reduces
 
 
 def _other_axis(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    return case.options["axis"] not in (-1, case.y_pred.ndim - 1)
+    return case.is_loss and case.options["axis"] not in (-1, case.y_pred.ndim - 1)
 
 
 def _labels_lead_with_one(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    ignores = case.options["ignore_class"] is not None
+    ignores = case.options.get("ignore_class") is not None
     return refused == "shape of y_true" and ignores and case.y_true.shape[:1] == (1,)
 
 
+def _two_trailing_ones(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    function = case.is_loss and case.is_sparse and case.form == "function"
+    return function and case.y_true.ndim > case.y_pred.ndim
+
+
 def _there_is_one_class(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    return case.y_pred.shape[-1:] == (1,) or case.y_pred.ndim == 1 < case.y_true.ndim
+    one = case.y_pred.shape[-1:] == (1,) or case.y_pred.ndim == 1 < case.y_true.ndim
+    return case.is_loss and case.is_sparse and one
+
+
+def _targets_are_no_distribution(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    if case.is_sparse or not case.is_loss or not case.options["from_logits"] or keras.error:
+        return False
+    with np.errstate(all="ignore"):
+        total = case.y_true.astype(np.float64).sum(case.options["axis"])
+    return not np.allclose(total, 1, rtol=0, atol=4 * UNIT[case.loss_dtype])
+
+
+def _smooths_along_another_axis(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    smooths = bool(case.options.get("label_smoothing"))
+    return smooths and _other_axis(case, keras, ours, refused)
+
+
+def _shapes_only_broadcast(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    longer = any(b is not None and b.y_true.ndim > b.y_pred.ndim for b in case.steps)
+    return not case.is_loss and (refused == "shape of y_true" or (case.is_sparse and longer))
+
+
+def _top_k_of_other_dtypes(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    scores = not case.options.get("from_sorted_ids")
+    return "TopK" in case.name and scores and case.y_pred_dtype != "float32"
 
 
 DIFFERENCES = (
@@ -129,15 +181,15 @@ DIFFERENCES = (
         "in that dtype: they overflow to inf",
         "computed in float32, the result is cast",
         False,
-        lambda case, keras, ours, refused: case.form == "class" and case.loss_dtype in HALVES,
+        _in_half_precision,
     ),
     Difference(
         "half-precision function",
-        "`sparse_categorical_crossentropy` of half-precision predictions",
+        "the crossentropy functions of half-precision predictions",
         "computed and returned in that dtype",
         "computed and returned in float32",
         False,
-        lambda case, keras, ours, refused: case.form == "function" and case.y_pred_dtype in HALVES,
+        _function_of_halves,
     ),
     Difference(
         "larger than the losses",
@@ -173,7 +225,7 @@ DIFFERENCES = (
     ),
     Difference(
         "mask with company",
-        "a mask together with `ignore_class` or `sample_weight`",
+        "a mask together with `ignore_class` or `sample_weight`; of a metric, also these two",
         "matched to each other before the losses: raises for an integer mask or `(B, T, 1)` on "
         "`(B, T)`, or enlarges the result",
         "each is matched to the losses' shape; a sample counts if both say so",
@@ -194,9 +246,7 @@ DIFFERENCES = (
         "accepted by the class; refused or left in the result's shape by the function",
         "accepted by both",
         None,
-        lambda case, keras, ours, refused: (
-            case.form == "function" and case.y_true.ndim > case.y_pred.ndim
-        ),
+        _two_trailing_ones,
     ),
     Difference(
         "one class",
@@ -213,5 +263,61 @@ DIFFERENCES = (
         "a scalar 0.0: a reduced loss is always a scalar",
         False,
         _is_empty,
+    ),
+    Difference(
+        "targets that are no distribution",
+        "`CategoricalCrossentropy` from logits, targets that do not sum to 1",
+        "gradient softmax - y, as if they did",
+        "the derivative of the loss: Σy · softmax - y",
+        False,
+        _targets_are_no_distribution,
+    ),
+    Difference(
+        "smoothing along the axis",
+        "`label_smoothing` with a class axis other than the last",
+        "divides by the size of the last axis",
+        "divides by the number of classes",
+        False,
+        _smooths_along_another_axis,
+    ),
+    Difference(
+        "smoothing out of range",
+        "`label_smoothing` outside [0, 1]",
+        "accepted: targets become negative",
+        "`ValueError`",
+        False,
+        lambda case, keras, ours, refused: refused == "label_smoothing",
+    ),
+    Difference(
+        "no classes",
+        "`CategoricalCrossentropy` of predictions without a class",
+        "0",
+        "`ValueError`, as for integer labels",
+        False,
+        lambda case, keras, ours, refused: refused == "classes" and not case.is_sparse,
+    ),
+    Difference(
+        "shapes of metrics",
+        "labels of an accuracy in another shape than the predictions'",
+        "broadcast, or flattened if there are as many of them",
+        "`ValueError`, but for one or two axes of size 1 at the end",
+        None,
+        _shapes_only_broadcast,
+    ),
+    Difference(
+        "top-k of other dtypes",
+        "top-k accuracy of predictions that are not float32",
+        "raises",
+        "computed in their dtype",
+        True,
+        _top_k_of_other_dtypes,
+    ),
+    Difference(
+        "k below 1",
+        "top-k accuracy with a k below 1",
+        "accepted: nothing is right",
+        "`ValueError`",
+        None,
+        lambda case, keras, ours, refused: refused == "k",
     ),
 )

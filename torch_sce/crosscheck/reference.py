@@ -36,13 +36,16 @@ class Expected:
     """
 
     value: np.ndarray
-    gradient: np.ndarray
     value_scale: np.ndarray
-    gradient_scale: np.ndarray
     value_size: np.ndarray
-    gradient_size: np.ndarray
     dtype: str
-    gradient_dtype: str
+    gradient: np.ndarray | None = None
+    gradient_scale: np.ndarray | None = None
+    gradient_size: np.ndarray | None = None
+    gradient_dtype: str = ""
+    target_gradient: np.ndarray | None = None
+    target_gradient_scale: np.ndarray | None = None
+    target_gradient_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class _Rows:
     slope: np.ndarray
     slope_scale: np.ndarray
     slope_size: np.ndarray
+    clipped: np.ndarray | bool = False  # entries that get no gradient, whatever comes
+    loss_size: np.ndarray | None = None  # what an error is compared with; None: |loss|, or 1
+    target_slope: np.ndarray | None = None
+    target_scale: np.ndarray | None = None
 
 
 def expected(case: Case, poisons: bool = False) -> Expected:
@@ -76,6 +83,8 @@ def _expected(case: Case, poisons: bool) -> Expected:
     y_true = case.y_true
     if case.as_lists:  # which do not say what is behind an axis of size 0
         y_true, q = np.asarray(y_true.tolist()), np.asarray(q.tolist())
+    if not case.is_sparse:
+        return _expected_of_targets(case, y_true, q, reduction, dtype)
     if not -q.ndim <= options["axis"] < q.ndim:
         raise Refused("axis")
     axis = options["axis"] % q.ndim
@@ -83,7 +92,7 @@ def _expected(case: Case, poisons: bool) -> Expected:
     if classes == 0:
         raise Refused("classes")
     labels = _squeeze_labels(y_true, q, axis)
-    rows = np.moveaxis(q, axis, -1)
+    rows = _rows_of(q, axis)
     shape = labels.shape
     weight = _broadcastable(case.sample_weight, shape)
     mask = _broadcastable(case.mask, shape)
@@ -107,6 +116,41 @@ def _expected(case: Case, poisons: bool) -> Expected:
     return _reduce(case, result, counts, bad, weight, mask, reduction, axis, dtype)
 
 
+def _expected_of_targets(case: Case, y_true, q, reduction, dtype: str) -> Expected:
+    options = case.options
+    precise = case.loss_dtype if case.loss_dtype == "float64" else "float32"
+    t = y_true.astype(precise).astype(np.float64)
+    if case.form == "class" and abs(t.ndim - q.ndim) == 1:
+        t, q = _matched(t, q), _matched(q, t)
+    if not -q.ndim <= options["axis"] < q.ndim:
+        raise Refused("axis")
+    axis = options["axis"] % q.ndim
+    if q.shape[axis] == 0:
+        raise Refused("classes")
+    if t.shape != q.shape:
+        raise Refused("shape of y_true")
+    smoothing = options["label_smoothing"] or 0
+    if not 0 <= smoothing <= 1:
+        raise Refused("label_smoothing")
+    rows, targets = _rows_of(q, axis), _rows_of(t, axis)
+    targets = targets * (1 - smoothing) + smoothing / q.shape[axis]
+    shape = rows.shape[:-1]
+    weight, mask = _broadcastable(case.sample_weight, shape), _broadcastable(case.mask, shape)
+    counts = np.ones(shape, bool) if mask is None else np.broadcast_to(mask != 0, shape)
+    model = _targets_from_logits if options["from_logits"] else _targets_from_probabilities
+    safe = (np.where(counts[..., None], rows, 1), np.where(counts[..., None], targets, 0))
+    result = model(*safe, 1 - smoothing, case.loss_dtype)
+    bad = np.zeros(shape, bool)
+    return _reduce(case, result, counts, bad, weight, mask, reduction, axis, dtype)
+
+
+def _matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`a` with as many axes as `b`, if the one that has more has a last axis of size 1."""
+    if a.ndim > b.ndim != 1 and a.shape[-1] == 1:
+        return a[..., 0]
+    return a[..., None] if b.ndim > a.ndim == 1 and b.shape[-1] == 1 else a
+
+
 def _cast_predictions(case: Case) -> tuple[np.ndarray, str]:
     """Predictions in the precision the loss sees them in, and the dtype of the result."""
     q, dtype = case.y_pred.astype(np.float64), case.loss_dtype
@@ -119,6 +163,11 @@ def _cast_predictions(case: Case) -> tuple[np.ndarray, str]:
     if case.form == "function" and dtype in ("float16", "bfloat16"):
         dtype = "float32"
     return q, dtype
+
+
+def _rows_of(array: np.ndarray, axis: int) -> np.ndarray:
+    """The class axis last, and in memory: along another one NumPy adds up one by one."""
+    return np.ascontiguousarray(np.moveaxis(array, axis, -1))
 
 
 def _squeeze_labels(y_true: np.ndarray, q: np.ndarray, axis: int) -> np.ndarray:
@@ -192,7 +241,64 @@ def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     size = np.where(inside, 1 / s + label / c, 0)
     slope = np.where(np.isnan(s) & inside, np.nan, slope)
     scale = np.where(inside, (2 * depth + 2 * deepest + weighted + sums) / s + SLACK * label / c, 0)
-    return _Rows(loss, loss_scale, slope, scale, size)
+    return _Rows(loss, loss_scale, slope, scale, size, size == 0)
+
+
+def _targets_from_logits(z, t, keep: float, dtype: str) -> _Rows:
+    m = z.max(-1, keepdims=True)
+    distance = np.where(np.isnan(z - m), np.nan, m - z)
+    e = np.exp(-distance)
+    s = e.sum(-1, keepdims=True)
+    share = e / s
+    total = t.sum(-1, keepdims=True)
+    size = np.abs(t).sum(-1, keepdims=True)
+    logarithms = np.log(s) + distance
+    sums = growth(z.shape[-1]) + SLACK
+    reach = np.where(e == 0, 0, distance)
+    weighted = 2 * (share * reach).sum(-1, keepdims=True)
+    log_scale = sums + weighted + 2 * np.log(s) + 2 * distance
+    loss = (t * logarithms).sum(-1)
+    loss_scale = (np.abs(t) * (log_scale + sums * logarithms)).sum(-1)
+    slope_scale = share * size * (2 * reach + weighted + 2 * np.log(s) + 2 * sums)
+    slope_scale = slope_scale + size * 2 * LEAST[dtype] / UNIT[dtype]
+    slope_scale = slope_scale + SLACK * np.abs(t)
+    slope_size = share * size + np.abs(t)
+    loss_size = np.maximum((np.abs(t) * logarithms).sum(-1), 1)
+    return _Rows(loss, loss_scale, total * share - t, slope_scale, slope_size, False,
+                 loss_size, keep * logarithms, keep * log_scale)  # fmt: skip
+
+
+def _targets_from_probabilities(q, t, keep: float, dtype: str) -> _Rows:
+    low, high = (_rounded(bound, dtype) for bound in (1e-7, 1 - 1e-7))
+    s = q.sum(-1, keepdims=True)
+    n = q / s
+    c = np.minimum(np.maximum(n, low), high)
+    inside = (low <= n) & (n <= high)
+    # How many u the sum, and so n, may be off, relative to itself. One term alone is exact.
+    terms = (q != 0).sum(-1, keepdims=True)
+    off = np.where(terms > 1, growth(q.shape[-1]) * np.abs(q).sum(-1, keepdims=True) / np.abs(s), 0)
+    off = off + 2 * (terms > 1)
+    depth = np.abs(np.log(c))
+    log_scale = np.where(c == n, off, 0) + 2 * depth + SLACK
+    loss = -(t * np.log(c)).sum(-1)
+    sums = growth(q.shape[-1]) + SLACK
+    loss_scale = (np.abs(t) * (log_scale + sums * depth)).sum(-1)
+    w = np.where(inside, t / c, 0)
+    slope = ((w * n).sum(-1, keepdims=True) - w) / s
+    size = (np.abs(w * n).sum(-1, keepdims=True) + np.abs(w)) / np.abs(s)
+    scale = size * (2 * off + sums)
+    # Where rounding decides whether an entry is clipped, the gradient may be one or the other.
+    near = sum(np.abs(n - bound) <= 2 * off * UNIT[dtype] * bound for bound in (low, high)) > 0
+    lost = off * UNIT[dtype] > 0.01  # nothing is left of a sum that cancels
+    unsure = (near & (t != 0)).any(-1, keepdims=True) | lost
+    loss_scale = np.where(lost[..., 0], np.inf, loss_scale)
+    target_scale = np.where(lost, np.inf, keep * log_scale)
+    worse = np.maximum(off / sums, 1)
+    loss_size = worse[..., 0] * np.maximum((np.abs(t) * depth).sum(-1), 1)
+    clipped = ((n < low) | (n > high)).all(-1, keepdims=True)
+    return _Rows(loss, loss_scale, slope, np.where(unsure, np.inf, scale),
+                 np.where(unsure, np.inf, worse * size), clipped, loss_size,
+                 -keep * np.log(c), target_scale)  # fmt: skip
 
 
 def _rounded(value: float, dtype: str) -> float:
@@ -203,6 +309,7 @@ def _rounded(value: float, dtype: str) -> float:
 
 def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Expected:
     shape = counts.shape
+    loss_size = np.maximum(np.abs(rows.loss), 1) if rows.loss_size is None else rows.loss_size
     wide = "float64" if dtype == "float64" else "float32"  # an overflow is part of the answer
     loss = overflowed(np.where(counts, np.where(bad, np.nan, rows.loss), 0), wide)
     factor = _factor(weight, mask, reduction)
@@ -211,8 +318,8 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
     if reduction in (None, "none"):
         divisor, upstream = 1.0, case.upstream[: loss.size].reshape(shape).astype(np.float64)
         value = loss * each
-        scale = rows.loss_scale * np.abs(each) + SLACK * np.abs(value)
-        size = np.maximum(np.abs(loss), 1) * np.abs(each)
+        scale_of_value = rows.loss_scale * np.abs(each) + SLACK * np.abs(value)
+        size = loss_size * np.abs(each)
     else:
         divisor = _divisor(loss, weight, mask, factor, reduction)
         upstream = case.upstream[:1].item()
@@ -221,23 +328,36 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         if divisor == 0 and reduction != "mean_with_sample_weight":
             value = total * 0  # Keras multiplies by the mask's weight, 0: a NaN stays one
         terms = np.abs(each) * (rows.loss_scale + (growth(n) + SLACK) * np.abs(loss))
-        scale = _divide(np.abs(np.where(counts, terms, 0)).sum(), abs(divisor))
-        size = _divide((np.maximum(np.abs(loss), 1) * np.abs(each) * counts).sum(), abs(divisor))
+        scale_of_value = _divide(np.abs(np.where(counts, terms, 0)).sum(), abs(divisor))
+        terms = np.where(counts, loss_size * np.abs(each), 0)
+        size = _divide(terms.sum(), abs(divisor))
     g = _divide(upstream * each, divisor)
     g = np.where(bad, np.nan, g)[..., None]
     on = counts[..., None]
     gradient = np.where(on, g * rows.slope, 0)
-    if not case.options["from_logits"]:
-        gradient = np.where(rows.slope_size == 0, 0, gradient)  # a clipped entry, whatever g is
+    gradient = np.where(rows.clipped, 0, gradient)  # even if g is NaN
     relative = SLACK * rows.slope_size + rows.slope_scale
-    arrays = [gradient, np.where(on, np.abs(g) * relative, 0)]
     row_size = (np.abs(g) * rows.slope_size).max(-1, keepdims=True)
-    arrays.append(np.where(on, np.broadcast_to(row_size, gradient.shape), 0))
-    arrays = [np.moveaxis(array, -1, axis).reshape(case.y_pred.shape) for array in arrays]
-    return Expected(
-        np.asarray(value), arrays[0], np.asarray(scale), arrays[1], np.asarray(size), arrays[2],
-        dtype, case.y_pred_dtype,
-    )  # fmt: skip
+
+    def in_place(array: np.ndarray, like: np.ndarray) -> np.ndarray:
+        """Zero where a sample does not count, in the layout of what was given."""
+        array = np.where(on, np.broadcast_to(array, rows.slope.shape), 0)
+        return np.moveaxis(array, -1, axis).reshape(like.shape)
+
+    parts = {
+        "gradient": in_place(gradient, case.y_pred),
+        "gradient_scale": in_place(np.abs(g) * relative, case.y_pred),
+        "gradient_size": in_place(row_size, case.y_pred),
+        "gradient_dtype": case.y_pred_dtype,
+    }
+    if rows.target_slope is not None and rows.target_scale is not None:
+        scale = np.abs(g) * (rows.target_scale + SLACK * np.abs(rows.target_slope))
+        parts |= {
+            "target_gradient": in_place(g * rows.target_slope, case.y_true),
+            "target_gradient_scale": in_place(scale, case.y_true),
+            "target_gradient_dtype": case.y_true.dtype.name,
+        }
+    return Expected(np.asarray(value), np.asarray(scale_of_value), np.asarray(size), dtype, **parts)
 
 
 def overflowed(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -176,23 +176,30 @@ def details(verdict: Verdict, keras: Answer, ours: Answer) -> str:
     right, refused = reference(case)
     options = ", ".join(f"{key}={value!r}" for key, value in case.options.items())
     lines = [
-        f"{case.form}({options}), given as {'lists' if case.as_lists else 'arrays'}",
-        f"y_true, {_array(case.y_true)}",
-        f"y_pred, {_array(case.y_pred, case.y_pred_dtype)}",
-        f"sample_weight, {_array(case.sample_weight)}",
-        f"mask, {_array(case.mask)}",
+        f"{case.form} {case.name}({options}), given as {'lists' if case.as_lists else 'arrays'}"
     ]
+    for batch in case.steps:
+        lines += ["reset"] if batch is None else [
+            f"y_true, {_array(batch.y_true)}",
+            f"y_pred, {_array(batch.y_pred, batch.y_pred_dtype)}",
+            f"sample_weight, {_array(batch.sample_weight)}",
+            f"mask, {_array(batch.mask)}",
+        ]  # fmt: skip
     for who, answer in {"tf.keras": keras, "ours": ours}.items():
         if answer.error:
             lines.append(f"{who} raises {answer.error}: {answer.message}")
         else:
             lines.append(f"{who}, value, {_array(answer.value, answer.value_dtype)}")
             lines.append(f"{who}, gradient, {_array(answer.gradient, answer.gradient_dtype)}")
+            if answer.target_gradient is not None:
+                lines.append(f"{who}, gradient of the targets, {_array(answer.target_gradient)}")
     if right is None:
         lines.append(f"in float64: refused for the {refused}")
     else:
         lines.append(f"in float64, value, {_array(right.value)}")
         lines.append(f"in float64, gradient, {_array(right.gradient)}")
+        if right.target_gradient is not None:
+            lines.append(f"in float64, gradient of the targets, {_array(right.target_gradient)}")
     return escape("\n".join(lines)) + f"\n[bold]{escape(_outcome(verdict))}[/]"
 
 

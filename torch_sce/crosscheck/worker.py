@@ -24,7 +24,7 @@ ENVIRONMENT = {
 
 
 def load(name: str):
-    """(losses module, function from it and a case to a value and a gradient, versions)."""
+    """(Keras, functions of that backend, versions)."""
     os.environ.update(ENVIRONMENT[name])
     # The evidence is about the CPU; and one thread is fastest for small tensors.
     os.environ.update(
@@ -33,17 +33,15 @@ def load(name: str):
     if name in ("tf.keras", "tf_keras"):
         import tensorflow as tf
 
-        losses = tf.keras.losses
+        keras = tf.keras
         packages = ("tensorflow", "keras" if name == "tf.keras" else "tf_keras")
-        differentiate = with_tensorflow
+        backend = WithTensorflow
     else:
         import keras
 
-        losses = keras.losses
-        backend = name.removeprefix("keras-")
-        packages = ("keras", backend)
-        differentiate = {"torch": with_torch, "jax": with_jax}[backend]
-    return losses, differentiate, {package: version(package) for package in (*packages, "numpy")}
+        packages = ("keras", name.removeprefix("keras-"))
+        backend = {"torch": WithTorch, "jax": WithJax}[packages[1]]
+    return keras, backend, {package: version(package) for package in (*packages, "numpy")}
 
 
 class Raised(Exception):
@@ -58,94 +56,198 @@ def keras_speaks() -> Iterator[None]:
         raise Raised from error
 
 
-def answer(losses, differentiate, case: dict) -> dict:
-    """What that Keras makes of the case: value and gradient, or the error it raises."""
+def answer(keras, backend, case: dict) -> dict:
+    """What that Keras makes of the case: value and gradients, or the error it raises."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            value, gradient = differentiate(losses, case)
+            parts = differentiate(keras, backend, case) if case["is_loss"] else (
+                measure(keras, backend, case), None, None)  # fmt: skip
     except Raised as raised:
         error = raised.__cause__
         text = str(error).split("}} ")[-1].splitlines()  # TensorFlow puts the operation first
         return {"error": type(error).__name__, "message": text[0][:300] if text else ""}
     result = {}
-    for part, tensor in {"value": value, "gradient": gradient}.items():
+    for part, tensor in zip(("value", "gradient", "target_gradient"), parts, strict=True):
         result[part], result[f"{part}_dtype"] = (None, None) if tensor is None else plain(tensor)
     return result
 
 
-def evaluate(losses, case: dict, y_true, y_pred, mask):
-    """The loss's value for these tensors, mask attached as Keras layers attach it."""
+def differentiate(keras, backend, case: dict):
+    """A loss's value, and its gradients with respect to the predictions and to the targets."""
+    (batch,) = case["steps"]
     # Keras 2's class has no such arguments; at their defaults they need not be named.
-    defaults = {"axis": -1, "dtype": None}
+    defaults = {"axis": -1, "dtype": None} if case["is_sparse"] else {"dtype": None}
     options = {k: v for k, v in case["options"].items() if k not in defaults or v != defaults[k]}
-    if mask is not None and not case["as_lists"]:
-        y_pred._keras_mask = mask
-    with keras_speaks():
-        if case["form"] == "function":
-            return losses.sparse_categorical_crossentropy(y_true, y_pred, **options)
-        loss = losses.SparseCategoricalCrossentropy(**options)
-        return loss(y_true, y_pred, sample_weight=case["sample_weight"])
 
-
-def with_tensorflow(losses, case: dict):
-    import tensorflow as tf
-
-    x = tf.cast(tf.constant(case["y_pred"]), case["y_pred_dtype"])
-    y_true = case["y_true"]
-    mask = None if case["mask"] is None else tf.constant(case["mask"])
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        # Lists have no gradient to ask for.
-        y_pred = case["y_pred"].tolist() if case["as_lists"] else tf.identity(x)
-        y_true = y_true.tolist() if case["as_lists"] else y_true
-        value = evaluate(losses, case, y_true, y_pred, mask)
-        upstream = np.resize(case["upstream"], value.shape)
-        total = tf.reduce_sum(value * tf.cast(upstream, value.dtype))
-    with keras_speaks():
-        return value, tape.gradient(total, x)
-
-
-def with_torch(losses, case: dict):
-    import torch
-
-    dtype = getattr(torch, case["y_pred_dtype"])
-    x = torch.tensor(case["y_pred"]).to(dtype)
-    if dtype.is_floating_point:
-        x.requires_grad_()
-    y_pred = case["y_pred"].tolist() if case["as_lists"] else x * 1
-    y_true = case["y_true"].tolist() if case["as_lists"] else torch.tensor(case["y_true"])
-    mask = None if case["mask"] is None else torch.tensor(case["mask"])
-    value = evaluate(losses, case, y_true, y_pred, mask)
-    upstream = torch.tensor(np.resize(case["upstream"], tuple(value.shape)))
-    if value.requires_grad:
+    def value(y_true, y_pred):
+        if case["as_lists"]:  # they have no gradient to ask for
+            y_true, y_pred = batch["y_true"].tolist(), batch["y_pred"].tolist()
+        elif batch["mask"] is not None:
+            backend.attach(y_pred, batch["mask"])
         with keras_speaks():
-            (value * upstream.to(value.dtype)).sum().backward()
-    return value.detach(), x.grad
+            if case["form"] == "function":
+                return getattr(keras.losses, case["function"])(y_true, y_pred, **options)
+            loss = getattr(keras.losses, case["name"])(**options)
+            return loss(y_true, y_pred, sample_weight=batch["sample_weight"])
+
+    y_true = batch["y_true"]
+    x = backend.tensor(batch["y_pred"], batch["y_pred_dtype"])
+    soft = not case["is_sparse"] and np.issubdtype(y_true.dtype, np.floating)
+    t = backend.tensor(y_true, y_true.dtype.name) if soft else backend.labels(y_true)
+    return backend.differentiate(value, t, x, case["upstream"], soft)
 
 
-def with_jax(losses, case: dict):
-    import jax
-    import jax.numpy as jnp
+def measure(keras, backend, case: dict):
+    """An accuracy of every sample, or a metric's results after every update."""
+    if case["form"] == "function":
+        (batch,) = case["steps"]
+        y_pred = backend.tensor(batch["y_pred"], batch["y_pred_dtype"])
+        with keras_speaks():
+            function = getattr(keras.metrics, case["function"])
+            return function(batch["y_true"], y_pred, **case["options"])
+    with keras_speaks():
+        metric = getattr(keras.metrics, case["name"])(**case["options"])
+    results = []
+    for batch in case["steps"]:
+        if batch is None:
+            metric.reset_state()
+        else:
+            y_true = batch["y_true"]
+            y_pred = backend.tensor(batch["y_pred"], batch["y_pred_dtype"])
+            if case["as_lists"]:
+                y_true, y_pred = y_true.tolist(), batch["y_pred"].tolist()
+            elif batch["mask"] is not None:
+                backend.attach(y_pred, batch["mask"])
+            with keras_speaks():
+                metric.update_state(y_true, y_pred, batch["sample_weight"])
+        with keras_speaks():
+            results.append(metric.result())
+    return backend.stack(results)
 
-    def total(x):
-        y_pred = case["y_pred"].tolist() if case["as_lists"] else x * 1
-        y_true = case["y_true"].tolist() if case["as_lists"] else jnp.asarray(case["y_true"])
-        mask = None if case["mask"] is None else jnp.asarray(case["mask"])
-        if mask is not None and not case["as_lists"]:
-            from keras.src import backend
 
-            backend.set_keras_mask(y_pred, mask)
-            mask = None
-        value = evaluate(losses, case, y_true, y_pred, mask)
-        upstream = np.resize(case["upstream"], value.shape)
-        return (value * upstream.astype(value.dtype)).sum(), value
+class WithTensorflow:
+    """The few things that each backend says in its own words."""
 
-    x = jnp.asarray(case["y_pred"]).astype(case["y_pred_dtype"])
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return total(x)[1], None
-    gradient, value = jax.jit(jax.grad(total, has_aux=True))(x)  # compiles once, not per operation
-    return value, gradient
+    @staticmethod
+    def tensor(array, dtype):
+        import tensorflow as tf
+
+        return tf.cast(tf.constant(array), dtype)
+
+    @staticmethod
+    def labels(array):
+        return array
+
+    @staticmethod
+    def attach(y_pred, mask):
+        import tensorflow as tf
+
+        y_pred._keras_mask = tf.constant(mask)
+
+    @staticmethod
+    def stack(results):
+        import tensorflow as tf
+
+        return tf.stack(results)
+
+    @staticmethod
+    def differentiate(value, t, x, upstream, soft):
+        import tensorflow as tf
+
+        wanted = [x, t] if soft else [x]
+        with tf.GradientTape() as tape:
+            tape.watch(wanted)
+            result = value(tf.identity(t) if soft else t, tf.identity(x))
+            total = tf.reduce_sum(result * tf.cast(np.resize(upstream, result.shape), result.dtype))
+        with keras_speaks():
+            gradients = tape.gradient(total, wanted)
+        return result, gradients[0], gradients[1] if soft else None
+
+
+class WithTorch:
+    @staticmethod
+    def tensor(array, dtype):
+        import torch
+
+        return torch.tensor(array).to(getattr(torch, dtype))
+
+    @staticmethod
+    def labels(array):
+        import torch
+
+        return torch.tensor(array)
+
+    @staticmethod
+    def attach(y_pred, mask):
+        import torch
+
+        y_pred._keras_mask = torch.tensor(mask)
+
+    @staticmethod
+    def stack(results):
+        import torch
+
+        return torch.stack(results)
+
+    @staticmethod
+    def differentiate(value, t, x, upstream, soft):
+        import torch
+
+        if x.is_floating_point():
+            x.requires_grad_()
+        if soft:
+            t.requires_grad_()
+        result = value(t * 1 if soft else t, x * 1)
+        upstream = torch.tensor(np.resize(upstream, tuple(result.shape)))
+        if result.requires_grad:
+            with keras_speaks():
+                (result * upstream.to(result.dtype)).sum().backward()
+        return result.detach(), x.grad, t.grad
+
+
+class WithJax:
+    @staticmethod
+    def tensor(array, dtype):
+        import jax.numpy as jnp
+
+        return jnp.asarray(array).astype(dtype)
+
+    @staticmethod
+    def labels(array):
+        import jax.numpy as jnp
+
+        return jnp.asarray(array)
+
+    @staticmethod
+    def attach(y_pred, mask):
+        import jax.numpy as jnp
+        from keras.src import backend
+
+        backend.set_keras_mask(y_pred, jnp.asarray(mask))
+
+    @staticmethod
+    def stack(results):
+        import jax.numpy as jnp
+
+        return jnp.stack(results)
+
+    @staticmethod
+    def differentiate(value, t, x, upstream, soft):
+        import jax
+        import jax.numpy as jnp
+
+        def total(x, t):
+            result = value(t * 1 if soft else t, x * 1)
+            weights = np.resize(upstream, result.shape).astype(result.dtype)
+            return (result * weights).sum(), result
+
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return total(x, t)[1], None, None
+        wanted = (0, 1) if soft else (0,)
+        # Compiles once, not for every operation.
+        gradients, result = jax.jit(jax.grad(total, wanted, has_aux=True))(x, t)
+        return result, gradients[0], gradients[1] if soft else None
 
 
 def plain(tensor) -> tuple[np.ndarray, str]:
@@ -167,7 +269,7 @@ def main() -> None:
         channel.flush()
 
     try:
-        losses, differentiate, versions = load(sys.argv[1])
+        keras, backend, versions = load(sys.argv[1])
     except ImportError as error:
         return send({"missing": str(error)})
     send({"versions": versions})
@@ -176,7 +278,7 @@ def main() -> None:
             batch = pickle.load(sys.stdin.buffer)
         except EOFError:
             return None
-        send([answer(losses, differentiate, case) for case in batch])
+        send([answer(keras, backend, case) for case in batch])
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def target_losses(
     `clip` is as for `row_losses`. `smoothing`, (keep, share), makes t_j keep * t_j + share.
     `counted`, (...), is false for rows that have loss 0 and gradient 0, whatever they hold.
     """
-    small = (z.device.type == "cpu" and cpu.is_small(z)) or z.ndim == 1
-    if small or _needs_plain_operations(z) or _needs_plain_operations(t):
+    small = z.device.type == "cpu" and targets.is_small(z, clip)
+    if small or z.ndim == 1 or _needs_plain_operations(z) or _needs_plain_operations(t):
         return targets.losses(z, t, clip, smoothing, counted)
     return _TargetLosses.apply(z, t, clip, smoothing, counted)
 

@@ -1,0 +1,175 @@
+"""What the accuracies and metrics should give, in float64, as `reference` does for the losses."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from .cases import LOSSES, Batch, Case
+from .reference import SLACK, Expected, Refused, expected, growth
+
+
+def expected_metric(case: Case, poisons: bool = False) -> Expected:
+    """The results after every update; or, of a function, a value for every sample.
+
+    Raises:
+        Refused: where an error is the right answer.
+    """
+    if "TopK" in case.name and case.options["k"] < 1:
+        raise Refused("k")
+    with np.errstate(all="ignore"):
+        if case.form == "function":
+            values, _, _ = _values(case, case.batch, None, poisons)
+            exact = np.zeros(values.shape)
+            return Expected(values, exact, exact, "float32")
+        return _results(case, poisons)
+
+
+def _results(case: Case, poisons: bool) -> Expected:
+    total = count = size = scale = weight_size = 0.0
+    terms, rows = 0, []
+    for batch in case.steps:
+        if batch is None:
+            total = count = size = scale = weight_size = 0.0
+        else:
+            added = _add(case, batch, poisons)
+            total, count = total + added[0], count + added[1]
+            size, scale, weight_size = size + added[2], scale + added[3], weight_size + added[4]
+            terms += batch.y_pred.size + 1
+        lost = growth(terms) + SLACK
+        if count == 0:
+            rows.append((0.0, 0.0))
+        else:
+            result = total / count
+            doubt = scale + lost * (size + abs(result) * weight_size)
+            rows.append((result, doubt / abs(count)))
+    values, scales = np.array(rows, dtype=np.float64).T
+    return Expected(values, scales, np.abs(values), case.options["dtype"] or "float32")
+
+
+def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, float, float]:
+    """Total, count, and for rounding: sum of |w v|, of |w| times the scale of v, of |w|."""
+    shape = _values_shape(case, batch)
+    weight, mask = _leading(batch.sample_weight, shape), _leading(batch.mask, shape)
+    shown = None
+    if mask is not None:
+        shown = np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+    values, scale, kept = _values(case, batch, shown, poisons)
+    values, scale = values.reshape(shape), scale.reshape(shape)
+    if shown is not None:
+        values, scale = np.where(shown != 0, values, 0), np.where(shown != 0, scale, 0)
+    given = [each for each in (weight, mask) if each is not None]
+    if given and kept is not None:
+        given.append(kept.reshape(shape).astype(float))
+    if not given:
+        each = [_sample_means(x) for x in (values, scale)]
+        n = float(len(values)) if values.ndim else 1.0
+        return float(each[0].sum()), n, float(np.abs(each[0]).sum()), float(each[1].sum()), n
+    rank = max(each.ndim for each in given)
+    factor = np.prod(
+        np.broadcast_arrays(*(e.reshape(e.shape + (1,) * (rank - e.ndim)) for e in given)), axis=0
+    )
+    over = tuple(range(rank, values.ndim))
+    values, scale = (x.mean(over) if over else x for x in (values, scale))
+    factor = np.broadcast_to(factor, values.shape)
+    w = np.abs(factor)
+    products = (values * factor, factor, w * np.abs(values), w * scale, w)
+    return tuple(float(_sample_means(x).sum()) for x in products)  # pyright: ignore[reportReturnType] there are five
+
+
+def _sample_means(x: np.ndarray) -> np.ndarray:
+    return x.mean(tuple(range(1, x.ndim))) if x.ndim > 1 else x
+
+
+def _leading(value, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A weight or a mask for the first axes of values of this shape."""
+    if value is None:
+        return None
+    value = np.asarray(value, dtype=np.float64)
+    if value.ndim == len(shape) + 1 and value.shape[-1] == 1:
+        value = value[..., 0]
+    pairs = zip(value.shape, shape, strict=False)
+    if value.ndim > len(shape) or any(have not in (1, want) for have, want in pairs):
+        raise Refused("shape of a weight")
+    return value
+
+
+def _values_shape(case: Case, batch: Batch) -> tuple[int, ...]:
+    """The shape of the values, but for axes of size 1 behind them."""
+    if case.name == "Accuracy":
+        return batch.y_pred.shape
+    return batch.y_pred.shape[:-1]
+
+
+def _values(
+    case: Case, batch: Batch, shown: np.ndarray | None, poisons: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """A value for every sample, its scale, and which are not ignored."""
+    if case.name in LOSSES:
+        loss = replace(
+            case, form="function", options={"axis": -1} | case.options, batch=_bare(batch),
+            upstream=np.ones(batch.y_pred.size + 1),
+        )  # fmt: skip
+        kept = None
+        if case.options.get("ignore_class") is not None:
+            kept = np.asarray(batch.y_true != case.options["ignore_class"])
+        if shown is not None:
+            loss = replace(loss, options=loss.options | {"reduction": "none"}, batch=replace(
+                loss.batch, mask=shown != 0))  # fmt: skip
+        right = expected(loss, poisons)
+        return right.value, right.value_scale, kept
+    values = _accuracies(case, batch)
+    return values, np.zeros(values.shape), None
+
+
+def _bare(batch: Batch) -> Batch:
+    return Batch(batch.y_true, batch.y_pred, batch.y_pred_dtype)
+
+
+def _accuracies(case: Case, batch: Batch) -> np.ndarray:
+    y_true, y_pred = (x.astype(np.float64) for x in (batch.y_true, batch.y_pred))
+    if case.name == "Accuracy":
+        if y_true.shape != y_pred.shape and (*y_pred.shape, 1) != y_true.shape:
+            raise Refused("shape of y_true")
+        return (y_true.reshape(y_pred.shape) == y_pred).astype(float)
+    if y_pred.ndim < (2 if "TopK" in case.name else 1):
+        raise Refused("rank of y_pred")
+    shape, classes = y_pred.shape[:-1], y_pred.shape[-1]
+    result_shape = shape
+    if case.is_sparse:
+        fits = [shape, (*shape, 1)]
+        if len(shape):
+            fits.append((*shape, 1, 1))
+        if y_true.shape not in fits:
+            raise Refused("shape of y_true")
+        result_shape = y_true.shape
+        if "TopK" not in case.name and len(result_shape) > 1 and result_shape[-1] == 1:
+            result_shape = result_shape[:-1]
+        labels = y_true.reshape(shape)
+    else:
+        if y_true.shape != y_pred.shape:
+            raise Refused("shape of y_true")
+        labels = np.array([_first_largest(y_true[at]) for at in np.ndindex(shape)]).reshape(shape)
+    found = np.zeros(shape)
+    for at in np.ndindex(shape):
+        row, label = y_pred[at], labels[at]
+        if "TopK" not in case.name:
+            found[at] = _first_largest(row) == label
+            continue
+        k = case.options["k"]
+        if case.options.get("from_sorted_ids"):
+            whole = np.trunc(label) if batch.y_pred_dtype.startswith("int") else label
+            found[at] = whole in row[:k]
+            continue
+        label = int(np.trunc(label)) if np.isfinite(label) else -1
+        if 0 <= label < classes and np.isfinite(row).all():
+            found[at] = (row > row[label]).sum() < k
+    return found.reshape(result_shape)
+
+
+def _first_largest(row: np.ndarray) -> int:
+    """The lowest index of the largest number; a NaN is none."""
+    best, index = -np.inf, 0
+    for j, value in enumerate(row):
+        if value > best:
+            best, index = value, j
+    return index

@@ -112,7 +112,7 @@ class SparseCategoricalCrossentropy(nn.Module):
         losses = functional.sample_losses(
             labels, y_pred, counted, self.from_logits, axis, self.dtype
         )
-        return reduce(losses, weight, mask, self.reduction).to(self.dtype)
+        return _reduced(losses, weight, mask, self.reduction, self.dtype)
 
     def as_criterion(self) -> nn.Module:
         """This loss as a module called with predictions first: `criterion(input, target)`.
@@ -248,7 +248,7 @@ class CategoricalCrossentropy(nn.Module):
         losses = functional.sample_losses_of_targets(
             y_true, y_pred, counted, self.from_logits, self.label_smoothing, axis, self.dtype
         )
-        return reduce(losses, weight, mask, self.reduction).to(self.dtype)
+        return _reduced(losses, weight, mask, self.reduction, self.dtype)
 
     def as_criterion(self) -> nn.Module:
         """This loss as a module called with predictions first: `criterion(input, target)`.
@@ -311,6 +311,16 @@ def _cast(y_pred: Tensor, dtype: torch.dtype) -> Tensor:
     """Predictions in the loss's dtype, or in a narrower one that the kernels widen by rows."""
     widens = dtype == torch.float32 and y_pred.dtype in functional.HALVES
     return y_pred if widens or y_pred.dtype == dtype else y_pred.to(dtype)
+
+
+def _reduced(
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return reduce(losses, weight, mask, reduction).to(dtype)
 
 
 def _aligned(name: str, value: Any, y_pred: Tensor, shape: torch.Size) -> Tensor | None:

@@ -30,7 +30,7 @@ from .cases import Case
 from .compare import Verdict, judge
 from .draw import draw
 
-CASES = 2500
+CASES = 4000
 SEED = 0
 AGREEMENT, DISAGREEMENT, USAGE, NO_ORACLE = 0, 1, 2, 3
 

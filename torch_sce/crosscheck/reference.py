@@ -218,7 +218,9 @@ def _from_logits(z: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     weighted = 2 * (share * reach).sum(-1, keepdims=True)
     loss_scale = (sums + weighted + 2 * np.log(s) + 2 * gap)[..., 0]
     slope_scale = share * (2 * reach + weighted + sums)
-    slope_scale = slope_scale + 2 * LEAST[dtype] / UNIT[dtype]  # exp may flush its result to zero
+    slope_scale = slope_scale + 2 * LEAST[dtype] / min(
+        UNIT[dtype], UNIT["float32"]
+    )  # exp may flush its result to zero
     return _Rows(loss, loss_scale, share - label, slope_scale + SLACK * label, share + label)
 
 
@@ -260,7 +262,7 @@ def _targets_from_logits(z, t, keep: float, dtype: str) -> _Rows:
     loss = (t * logarithms).sum(-1)
     loss_scale = (np.abs(t) * (log_scale + sums * logarithms)).sum(-1)
     slope_scale = share * size * (2 * reach + weighted + 2 * np.log(s) + 2 * sums)
-    slope_scale = slope_scale + size * 2 * LEAST[dtype] / UNIT[dtype]
+    slope_scale = slope_scale + size * 2 * LEAST[dtype] / min(UNIT[dtype], UNIT["float32"])
     slope_scale = slope_scale + SLACK * np.abs(t)
     slope_size = share * size + np.abs(t)
     loss_size = np.maximum((np.abs(t) * logarithms).sum(-1), 1)

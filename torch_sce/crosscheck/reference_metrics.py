@@ -69,7 +69,7 @@ def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, 
         np.broadcast_arrays(*(e.reshape(e.shape + (1,) * (rank - e.ndim)) for e in given)), axis=0
     )
     over = tuple(range(rank, values.ndim))
-    values, scale = (x.mean(over) if over else x for x in (values, scale))
+    values, scale = (_mean(x, over) for x in (values, scale))
     factor = np.broadcast_to(factor, values.shape)
     w = np.abs(factor)
     products = (values * factor, factor, w * np.abs(values), w * scale, w)
@@ -77,7 +77,12 @@ def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, 
 
 
 def _sample_means(x: np.ndarray) -> np.ndarray:
-    return x.mean(tuple(range(1, x.ndim))) if x.ndim > 1 else x
+    return _mean(x, tuple(range(1, x.ndim)))
+
+
+def _mean(x: np.ndarray, over: tuple[int, ...]) -> np.ndarray:
+    """NumPy's own warns of an empty one."""
+    return x.sum(over) / np.prod([x.shape[axis] for axis in over]) if over else x
 
 
 def _leading(value, shape: tuple[int, ...]) -> np.ndarray | None:

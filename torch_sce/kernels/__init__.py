@@ -82,8 +82,11 @@ def target_losses(
     `counted`, (...), is false for rows that have loss 0 and gradient 0, whatever they hold.
     """
     small = z.device.type == "cpu" and targets.is_small(z, clip)
-    if small or z.ndim == 1 or _needs_plain_operations(z) or _needs_plain_operations(t):
+    if small or _needs_plain_operations(z) or _needs_plain_operations(t):
         return targets.losses(z, t, clip, smoothing, counted)
+    if z.ndim == 1:
+        rows = None if counted is None else counted.unsqueeze(0)
+        return target_losses(z.unsqueeze(0), t.unsqueeze(0), clip, smoothing, rows).squeeze(0)
     return _TargetLosses.apply(z, t, clip, smoothing, counted)
 
 

@@ -28,6 +28,30 @@ def sample(row, label: int, from_logits: bool, epsilon: float = 1e-7) -> tuple[f
     return loss, np.array(slope)
 
 
+def target_sample(row, targets, from_logits: bool, smoothing: float = 0.0, epsilon: float = 1e-7):
+    """The loss of one row for targets, its derivatives by the row and by the targets."""
+    row = [float(x) for x in row]
+    smooth = [float(t) * (1 - smoothing) + smoothing / len(row) for t in targets]
+    if from_logits:
+        largest = max(row)
+        total = math.fsum(math.exp(z - largest) for z in row)
+        logarithms = [z - largest - math.log(total) for z in row]
+        slope = [math.fsum(smooth) * math.exp(z - largest) / total - t
+                 for z, t in zip(row, smooth, strict=True)]  # fmt: skip
+    else:
+        total = math.fsum(row)
+        normal = [q / total for q in row]
+        clipped = [min(max(n, epsilon), 1 - epsilon) for n in normal]
+        logarithms = [math.log(c) for c in clipped]
+        # By the chain rule: through the logarithm, the clip and the division by the sum.
+        inner = [-t / c if c == n else 0.0
+                 for t, c, n in zip(smooth, clipped, normal, strict=True)]  # fmt: skip
+        shared = math.fsum(d * q for d, q in zip(inner, row, strict=True)) / total**2
+        slope = [d / total - shared for d in inner]
+    loss = -math.fsum(t * logarithm for t, logarithm in zip(smooth, logarithms, strict=True))
+    return loss, np.array(slope), -(1 - smoothing) * np.array(logarithms)
+
+
 def losses(y_true, y_pred, from_logits=False, ignore_class=None, axis=-1, mask=None):
     """Per sample: the losses, their derivatives in `y_pred`'s layout, and which samples count."""
     y_pred = np.moveaxis(np.asarray(y_pred, np.float64), axis, -1)

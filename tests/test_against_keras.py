@@ -50,6 +50,25 @@ def test_random_tensors(keras, shape, from_logits, reduction):
     agrees(keras, y_true, y_pred, None, mask, ignore_class=-1, **options)
 
 
+@pytest.mark.parametrize("reduction", ("sum_over_batch_size", "none"))
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_tensors_and_targets(keras, shape, from_logits, reduction):
+    rng = np.random.default_rng(0)
+    y_pred = 4 * rng.standard_normal(shape)
+    if not from_logits:
+        y_pred = np.exp(y_pred) / np.exp(y_pred).sum(-1, keepdims=True)
+    y_pred = y_pred.astype(np.float32)
+    hot = np.eye(shape[-1], dtype=np.float32)[rng.integers(0, shape[-1], shape[:-1])]
+    soft = rng.dirichlet(np.full(shape[-1], 0.3), shape[:-1]).astype(np.float32)
+    options = {"name": "CategoricalCrossentropy", "from_logits": from_logits,
+               "reduction": reduction}  # fmt: skip
+    weight = rng.random(shape[:-1]).astype(np.float32)
+    agrees(keras, hot, y_pred, **options)
+    agrees(keras, soft, y_pred, weight, label_smoothing=0.1, **options)
+    agrees(keras, hot.astype(np.int64), y_pred, None, weight < 0.7, **options)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_sample_and_a_scalar_weight(ask, reduction):
     """The result has no axes in Keras, and here those of the losses: the numbers are compared."""

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from torch_sce import SparseCategoricalCrossentropy, sparse_categorical_crossentropy
+from torch_sce import (
+    CategoricalCrossentropy,
+    SparseCategoricalCrossentropy,
+    categorical_accuracy,
+    metrics,
+    sparse_categorical_accuracy,
+    sparse_categorical_crossentropy,
+    sparse_top_k_categorical_accuracy,
+)
 from torch_sce.crosscheck.differences import DIFFERENCES
 
 Y = np.array([0, 2, 1])
@@ -40,6 +48,13 @@ if os.environ["TF_USE_LEGACY_KERAS"] == "0":
     half = tf.keras.layers.Softmax(dtype="float16")(z)
     facts["in another dtype"] = float(loss()(np.array([2]), half))
     facts["of probabilities"] = float(loss()(np.array([2]), tf.nn.softmax(z)))
+    metric = tf.keras.metrics.SparseCategoricalAccuracy()
+    metric.update_state([0], [[1.0, 0.0]], sample_weight=[2.0**24])
+    metric.update_state([0], [[1.0, 0.0]])
+    facts["count past 2^24"] = float(metric.count)
+    rounds = tf.keras.metrics.sparse_categorical_accuracy
+    found = rounds(np.array([257]), tf.cast(np.eye(300)[[256]], "bfloat16"))
+    facts["bfloat16 label 257 is class 256"] = float(found[0])
     facts["of logits"] = float(loss(from_logits=True)(np.array([2]), z))
 else:
     made = loss(from_logits=True, ignore_class=-1)
@@ -242,6 +257,95 @@ def test_a_label_outside_the_classes_is_nan_where_labels_are_not_read():
     assert losses.isnan().tolist() == [False, True, False]
     assert leaf.grad is not None
     assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+DENSE = {"name": "CategoricalCrossentropy"}
+HOT = np.eye(3, dtype=np.float32)[Y]
+
+
+def test_targets_that_do_not_sum_to_1_get_the_derivative_of_the_loss(ask):
+    t = np.array([[2, 3, 5], [0, 0, 0], [0.2, 0.5, 0.3]], np.float32)
+    answer = ask(t, Z, from_logits=True, reduction="sum", **DENSE)
+    leaf = torch.tensor(Z, requires_grad=True)
+    value = CategoricalCrossentropy(from_logits=True, reduction="sum")(t, leaf)
+    value.backward()
+    p = leaf.detach().softmax(-1).numpy()
+    assert value.item() == pytest.approx(float(answer.value))
+    np.testing.assert_allclose(answer.gradient, p - t, rtol=1e-5, atol=1e-6)
+    assert leaf.grad is not None
+    np.testing.assert_allclose(leaf.grad, t.sum(1, keepdims=True) * p - t, rtol=1e-5, atol=1e-6)
+
+
+def test_smoothing_follows_the_class_axis(ask):
+    t = np.eye(3, dtype=np.float32)[[[0, 1], [2, 2]]]  # (2, 2, 3)
+    q = np.random.default_rng(0).dirichlet([1, 1, 1], (2, 2)).astype(np.float32)
+    last = ask(t, q, label_smoothing=0.1, **DENSE)
+    moved = [np.ascontiguousarray(np.moveaxis(x, -1, 1)) for x in (t, q)]  # (2, 3, 2)
+    theirs = ask(*moved, label_smoothing=0.1, axis=1, **DENSE)
+    ours = CategoricalCrossentropy(label_smoothing=0.1, axis=1)(*moved).item()
+    assert ours == pytest.approx(float(last.value))
+    assert float(theirs.value) - ours > 0.05  # 0.1 / 2 for each class, not 0.1 / 3
+
+
+@pytest.mark.parametrize("smoothing", [1.5, -0.1])
+def test_smoothing_out_of_range_is_refused(ask, smoothing):
+    assert ask(HOT, P, label_smoothing=smoothing, **DENSE).error is None
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]"):
+        CategoricalCrossentropy(label_smoothing=smoothing)
+
+
+def test_there_is_no_crossentropy_of_no_classes(ask):
+    empty = np.zeros((4, 0), np.float32)
+    assert ask(empty, empty, **DENSE).value == 0
+    with pytest.raises(ValueError, match="at least one class"):
+        CategoricalCrossentropy()(empty, empty)
+
+
+def test_labels_of_an_accuracy_do_not_broadcast(ask):
+    def metric(y, p, name):
+        return ask(y, p, form="metric", name=name)
+
+    q = np.tile(P, (3, 1, 1))  # (3, 3, 3)
+    assert metric(Y, q, "SparseCategoricalAccuracy").error is None
+    assert metric(np.tile(Y, 3), q, "SparseTopKCategoricalAccuracy").error is None
+    assert metric(HOT[:, :2], P, "CategoricalAccuracy").error is None
+    for function, y, p in (
+        (sparse_categorical_accuracy, Y, q),
+        (sparse_top_k_categorical_accuracy, np.tile(Y, 3), q),
+        (categorical_accuracy, HOT[:, :2], P),
+    ):
+        with pytest.raises(ValueError, match="y_true must have"):
+            function(y, p)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])
+def test_top_k_takes_predictions_of_any_dtype(ask, dtype):
+    p = (P * 20).astype(dtype)
+    name = "SparseTopKCategoricalAccuracy"
+    assert ask(Y, p, form="metric", name=name).error == "InvalidArgumentError"
+    assert sparse_top_k_categorical_accuracy(Y, p, k=1).tolist() == [1, 0, 1]
+
+
+def test_a_k_below_1_is_refused(ask):
+    for k in (0, -1):
+        answer = ask(Y, P, form="metric", name="SparseTopKCategoricalAccuracy", k=k)
+        assert answer.value == 0
+        with pytest.raises(ValueError, match="k must be at least 1"):
+            metrics.SparseTopKCategoricalAccuracy(k=k)
+
+
+def test_labels_of_an_accuracy_are_not_rounded(facts):
+    assert facts["keras 3"]["bfloat16 label 257 is class 256"] == 1
+    p = torch.eye(300)[[256]].bfloat16()
+    assert sparse_categorical_accuracy([257], p).tolist() == [0]
+
+
+def test_counts_go_on_past_2_to_the_24(facts):
+    assert facts["keras 3"]["count past 2^24"] == 2**24
+    metric = metrics.SparseCategoricalAccuracy()
+    metric.update_state([0], [[1.0, 0.0]], sample_weight=[2.0**24])
+    metric.update_state([0], [[1.0, 0.0]])
+    assert metric.count == 2**24 + 1
 
 
 def test_complex_labels_are_refused(ask):

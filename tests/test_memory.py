@@ -6,7 +6,7 @@ import pytest
 import torch
 from benchmark import FORWARD, peak_memory
 
-from torch_sce import SparseCategoricalCrossentropy
+from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -61,3 +61,30 @@ def test_no_mode_takes_a_second_tensor_of_the_size_of_the_predictions(case, from
     assert forward is not None and forward < 0.02 * size + block
     # Rows that do not count, half of them, may leave their pages of the gradient untouched.
     assert both is not None and 0.4 * size < both < 1.03 * size + block
+
+
+TARGETS = {
+    "plain": {},
+    "smoothed, of integers": {"dtype": torch.int8, "smoothing": 0.1},
+    "masked": {"mask": True},
+    "channels first": {"layout": lambda z: z.view(4, 1000, 64, -1), "axis": 1},
+}
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("case", TARGETS)
+def test_targets_take_no_second_tensor_either(case, from_logits):
+    options = {"axis": -1, "layout": lambda z: z.view(-1, 32000), "smoothing": 0, **TARGETS[case]}
+    z = torch.arange(SIZE, dtype=torch.int16).float().mul_(2**-13)
+    z = options["layout"](z if from_logits else z.sigmoid_())
+    t = torch.zeros(z.shape, dtype=options.get("dtype", torch.float32))
+    axis = options["axis"] % z.ndim
+    t.select(axis, 3).fill_(1)
+    mask = torch.rand(t.select(axis, 0).shape) < 0.5 if "mask" in options else None
+    loss = CategoricalCrossentropy(from_logits, options["smoothing"], axis=axis)
+    leaf = z.detach().requires_grad_()
+    size, blocks = z.numel() * z.element_size(), 8 * 2**20
+    forward = peak_memory(lambda: loss(t, z, mask=mask), "cpu", FORWARD)
+    both = peak_memory(lambda: torch.autograd.grad(loss(t, leaf, mask=mask), leaf), "cpu")
+    assert forward is not None and forward < 0.02 * size + blocks
+    assert both is not None and 0.9 * size < both < 1.03 * size + blocks

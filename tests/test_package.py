@@ -33,6 +33,14 @@ def test_the_package_is_typed():
 
 def test_the_public_names_are_keras_s():
     assert sorted(torch_sce.__all__) == [
+        "CategoricalCrossentropy",
         "SparseCategoricalCrossentropy",
+        "categorical_accuracy",
+        "categorical_crossentropy",
+        "sparse_categorical_accuracy",
         "sparse_categorical_crossentropy",
+        "sparse_top_k_categorical_accuracy",
+        "top_k_categorical_accuracy",
     ]
+    for name in torch_sce.__all__:
+        assert callable(getattr(torch_sce, name))

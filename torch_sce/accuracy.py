@@ -196,6 +196,8 @@ def _largest(values: Tensor) -> Tensor:
 
 def _in_top_k(y: Tensor, y_pred: Tensor, k: int) -> Tensor:
     """As `tf.math.in_top_k`."""
+    if not y_pred.is_floating_point():
+        y_pred = class_numbers(y_pred)  # unsigned ones know few operations
     classes = y_pred.shape[-1]
     score = y_pred.gather(-1, y.clamp(0, classes - 1).unsqueeze(-1))
     larger = (y_pred > score).sum(-1)

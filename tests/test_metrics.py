@@ -1,0 +1,272 @@
+"""The metrics: Keras's calls and means, and torchmetrics' life."""
+
+import copy
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+
+from torch_sce import metrics
+from torch_sce.reduction import sample_means
+
+NAN = float("nan")
+ALL = [getattr(metrics, name) for name in metrics.__all__]
+
+
+def batch(cls, shape=(6,), classes=4, seed=0):
+    """Labels and predictions as this metric takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    y, p = torch.randint(0, classes, shape, generator=generator), torch.rand(*shape, classes)
+    if cls is metrics.Accuracy:
+        return y, torch.randint(0, classes, shape, generator=generator)
+    if cls.__name__.startswith("Sparse"):
+        return y, p
+    return torch.eye(classes)[y], p
+
+
+@pytest.mark.parametrize("cls", ALL)
+class TestEveryMetric:
+    def test_it_is_0_before_any_update_and_says_nothing(self, cls):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert cls().result().item() == 0
+
+    def test_two_batches_give_the_mean_over_their_samples(self, cls):
+        (y1, p1), (y2, p2) = batch(cls), batch(cls, (3,), seed=1)
+        metric = cls()
+        metric.update_state(y1, p1)
+        first = metric.result()
+        metric.update_state(y2, p2)
+        other = cls()
+        other.update_state(y2, p2)
+        want = (6 * first + 3 * other.result()) / 9
+        torch.testing.assert_close(metric.result(), want)
+        assert metric.count == 9
+        metric.reset_state()
+        assert metric.result() == 0 and metric.count == 0
+        metric.update_state(y1, p1)
+        assert metric.result() == first
+
+    def test_torchmetrics_calls_take_predictions_first(self, cls):
+        (y1, p1), (y2, p2) = batch(cls), batch(cls, (3,), seed=1)
+        weight = torch.rand(6)
+        keras, metric = cls(), cls()
+        keras.update_state(y1, p1, weight)
+        metric.update(p1, y1, weight)
+        assert torch.equal(metric.compute(), keras.result())
+        alone = cls()
+        alone.update_state(y2, p2)
+        assert torch.equal(metric(p2, y2), alone.result())  # forward: of this batch alone
+        keras.update_state(y2, p2)
+        torch.testing.assert_close(metric.compute(), keras.result())
+        metric.reset()
+        assert metric.result() == 0
+
+    def test_what_is_masked_is_not_there(self, cls):
+        y, p = batch(cls, (4, 3))
+        keep = torch.tensor([True, False, True, True])
+        metric, other = cls(), cls()
+        metric.update_state(y, p, mask=keep)
+        other.update_state(y[keep], p[keep])
+        torch.testing.assert_close(metric.result(), other.result())
+        assert metric.count == 3
+        if p.is_floating_point():
+            p[1] = NAN
+            y = y.clone()
+            y[1] = 99
+            again = cls()
+            again.update_state(y, p, mask=keep)
+            assert torch.equal(again.result(), metric.result())
+
+    def test_arrays_and_lists_are_taken(self, cls):
+        y, p = batch(cls)
+        results = []
+        for given in ((y, p), (y.numpy(), p.numpy()), (y.tolist(), p.tolist())):
+            metric = cls()
+            metric.update_state(*given, sample_weight=[1, 2, 3, 4, 5, 6.5])
+            results.append(metric.result())
+        assert torch.equal(results[0], results[1])
+        torch.testing.assert_close(results[0], results[2])
+
+    def test_it_lives_in_a_checkpoint_a_copy_and_a_pickle(self, cls):
+        y, p = batch(cls)
+        metric = cls()
+        metric.update_state(y, p)
+        metric.persistent(True)
+        again = cls()
+        again.persistent(True)
+        again.load_state_dict(metric.state_dict())
+        for other in (again, copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+            other.update_state(y, p)
+            assert other.count == 12
+            torch.testing.assert_close(other.result(), metric.result())
+        assert metric.half().double().total.dtype == torch.float64  # as every torchmetrics state
+
+    def test_a_config_round_trips(self, cls):
+        metric = cls(name="mine", dtype="float64")
+        config = metric.get_config()
+        assert config["name"] == "mine" and config["dtype"] == "float64"
+        for given in (config, {"class_name": cls.__name__, "config": config}):
+            again = cls.from_config(given)
+            assert again.get_config() == config and repr(again) == repr(metric)
+        assert repr(metric) == f"{cls.__name__}(name='mine', dtype='float64')"
+        assert cls(name=None).name == cls().name
+        assert cls.from_config({"name": "keras", "dtype": "float32"}).name == "keras"
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    def test_the_result_has_the_metric_s_dtype(self, cls, dtype):
+        metric = cls(dtype=dtype)
+        metric.update_state(*batch(cls))
+        assert metric.result().dtype == getattr(torch, dtype)
+
+    def test_it_updates_in_a_compiled_full_graph(self, cls):
+        torch.compiler.reset()
+        y, p = batch(cls)
+        weight = torch.rand(6)
+        metric, other = cls(), cls()
+        step = torch.compile(lambda: metric.update(p, y, weight), fullgraph=True, backend="eager")
+        step()
+        other.update(p, y, weight)
+        torch.testing.assert_close(metric.compute(), other.compute())
+
+    def test_predictions_need_no_graph_and_get_none(self, cls):
+        y, p = batch(cls)
+        if p.is_floating_point():
+            p.requires_grad_()
+        metric = cls()
+        metric.update_state(y, p)
+        assert not metric.result().requires_grad
+
+
+class TestMeans:
+    """`sample_means`; the cross-check has all shapes of weights beside Keras."""
+
+    VALUES = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+
+    @pytest.mark.parametrize(
+        ("weight", "total", "count"),
+        [(None, 1.0, 2.0), (2.0, 1.0, 2.0), ([3.0, 1.0], 2 + 1 / 3, 4.0),
+         ([[3.0], [1.0]], 2 + 1 / 3, 4.0), ([[3, 6, 0], [0, 0, 3]], 2.0, 4.0),
+         ([[1.0, 1.0, 4.0]], 5 / 3 + 4 / 3, 4.0), ([5.0], 5.0, 10.0)],
+    )  # fmt: skip
+    def test_weights_belong_to_the_leading_axes(self, weight, total, count):
+        weight = None if weight is None else torch.tensor(weight)
+        got = sample_means(self.VALUES, weight)
+        assert float(got[0]) == pytest.approx(total) and float(got[1]) == pytest.approx(count)
+
+    def test_batches_of_other_lengths_weigh_by_their_samples(self):
+        """Keras 3 has 0.5 here, Keras 2, which counts elements, 0.75."""
+        metric = metrics.SparseCategoricalAccuracy()
+        metric.update_state([[0, 0, 0]], torch.eye(2)[:1].expand(1, 3, 2))
+        metric.update_state([[1]], torch.eye(2)[:1].expand(1, 1, 2))
+        assert metric.result() == 0.5
+
+    def test_an_ignored_sample_is_counted_unless_there_are_weights(self):
+        y, p = [0, -1, 2], torch.tensor([[0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+        losses = -np.log([0.9, 0.6])
+        metric = metrics.SparseCategoricalCrossentropy(ignore_class=-1)
+        metric.update_state(y, p)
+        assert metric.result().item() == pytest.approx(losses.sum() / 3, rel=1e-5)
+        metric.reset_state()
+        metric.update_state(y, p, sample_weight=[1, 1, 1])
+        assert metric.result().item() == pytest.approx(losses.sum() / 2, rel=1e-5)
+
+    @pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 2, 3), (2, 3, 1, 1)])
+    def test_a_weight_of_another_shape_is_refused(self, shape):
+        rule = re.escape(
+            f"the first axes of the values, (2, 3), or 1 in the place of a size, got {shape}"
+        )
+        with pytest.raises(ValueError, match="sample_weight must have the shape of " + rule):
+            sample_means(self.VALUES, torch.ones(shape))
+        metric = metrics.SparseCategoricalCrossentropy()
+        with pytest.raises(ValueError, match="mask must have the shape of " + rule):
+            metric.update_state([[0, 0, 0]] * 2, torch.rand(2, 3, 4), mask=torch.ones(shape))
+
+    def test_counts_are_exact_past_2_to_the_24(self):
+        metric = metrics.SparseCategoricalAccuracy()
+        metric.update_state([0], [[1.0, 0.0]], sample_weight=[2.0**24])
+        for _ in range(3):
+            metric.update_state([1], [[1.0, 0.0]])
+        assert metric.count == 2**24 + 3 and metric.total == 2**24
+
+
+class TestCollection:
+    def test_top_1_and_top_5_stay_apart_even_if_their_first_batch_is_the_same(self):
+        """torchmetrics takes metrics for one if their states are equal after the first batch."""
+        many = torchmetrics.MetricCollection({
+            "top1": metrics.SparseTopKCategoricalAccuracy(k=1),
+            "top2": metrics.SparseTopKCategoricalAccuracy(k=2),
+            "accuracy": metrics.SparseCategoricalAccuracy(),
+            "again": metrics.SparseCategoricalAccuracy(name="again"),
+            "theirs": torchmetrics.Accuracy("multiclass", num_classes=4),
+        })  # fmt: skip
+        many.update(torch.eye(4)[:2], torch.tensor([0, 1]))
+        many.update(torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.tensor([1]))
+        found = {key: value.item() for key, value in many.compute().items()}
+        two_thirds = pytest.approx(2 / 3)
+        assert found == {"top1": two_thirds, "top2": 1, "accuracy": two_thirds,
+                         "again": two_thirds, "theirs": two_thirds}  # fmt: skip
+        many.reset()
+        assert many["top2"].count == 0
+
+    def test_weights_go_by_name(self):
+        many = torchmetrics.MetricCollection(
+            [metrics.SparseCategoricalAccuracy(), metrics.SparseCategoricalCrossentropy()]
+        )
+        p, y = torch.rand(3, 4), torch.tensor([0, 1, 2])
+        many.update(p, y, sample_weight=torch.tensor([1.0, 2.0, 0.0]))
+        assert many["SparseCategoricalAccuracy"].count == 3
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from torch_sce import metrics
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+generator = torch.Generator().manual_seed(0)
+y, p = torch.randint(0, 4, (10,), generator=generator), torch.rand(10, 4, generator=generator)
+w = torch.rand(10, generator=generator)
+mine = slice(0, 7) if rank == 0 else slice(7, 10)
+for name in metrics.__all__:
+    y_true, y_pred = y, p
+    if name == "Accuracy":
+        y_pred = p.argmax(-1)
+    elif not name.startswith("Sparse"):
+        y_true = torch.eye(4)[y]
+    cls = getattr(metrics, name)
+    whole, part = cls(sync_on_compute=False), cls()
+    whole.update_state(y_true, y_pred, w)
+    part.update_state(y_true[mine], y_pred[mine], w[mine])
+    before = part.total.clone()
+    torch.testing.assert_close(part.result(), whole.result())
+    assert part.total == before, "a rank keeps its own part"
+    assert 0 < whole.result(), name
+dist.destroy_process_group()
+print("same")
+"""
+
+
+def test_two_ranks_give_the_value_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    ranks = [
+        subprocess.Popen([sys.executable, str(script), str(rank), port], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        out, error = rank.communicate(timeout=120)
+        assert rank.returncode == 0 and out.strip() == "same", error

@@ -1,0 +1,287 @@
+"""Targets for every class: the rows, the function and the module, `CategoricalCrossentropy`."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from oracle import target_sample
+from torch.autograd import gradcheck, gradgradcheck
+from ulps import ulps
+
+from torch_sce import (
+    CategoricalCrossentropy,
+    SparseCategoricalCrossentropy,
+    categorical_crossentropy,
+)
+from torch_sce.functional import CLIP
+from torch_sce.kernels import cpu, target_losses, targets
+
+MODELS = {"logits": None, "probabilities": CLIP[torch.float32]}
+SMOOTHINGS = {"plain": None, "smoothed": 0.1}
+# In one block, in many, and by PyTorch's autograd.
+PATHS = {"blocks": {"SMALL": 0, "BLOCK": 20}, "one block": {"SMALL": 0}, "small": {}}
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    for key, value in PATHS[request.param].items():
+        monkeypatch.setattr(cpu, key, value)
+    if request.param == "small":
+        monkeypatch.setattr(targets, "FEW", 10**6)
+    return request.param
+
+
+def rows(classes, model, shape=(3, 4), dtype=torch.float32):
+    """Predictions, targets that sum to 1 and an upstream gradient."""
+    generator = torch.Generator().manual_seed(classes)
+    z, t = (torch.randn(*shape, classes, generator=generator) * 2 for _ in range(2))
+    z = z if MODELS[model] is None else z.softmax(-1)
+    g = torch.randn(shape, generator=generator)
+    return z.to(dtype), t.softmax(-1).to(dtype), g.to(dtype)
+
+
+def smoothing_of(name, classes):
+    share = SMOOTHINGS[name]
+    return None if share is None else (1 - share, share / classes)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("classes", [1, 2, 7, 300])
+def test_rows_equal_the_oracle(classes, model, smoothing, path):
+    z, t, g = rows(classes, model)
+    t[1] = torch.eye(classes)[torch.randint(0, classes, (4,))]
+    t[2, 1:] *= 3
+    z.requires_grad_()
+    t.requires_grad_()
+    loss = target_losses(z, t, MODELS[model], smoothing_of(smoothing, classes))
+    loss.backward(g)
+    want, dz, dt = np.zeros(g.shape), np.zeros(z.shape), np.zeros(t.shape)
+    for at in np.ndindex(*g.shape):
+        want[at], dz[at], dt[at] = target_sample(
+            z[at].tolist(), t[at].tolist(), model == "logits", SMOOTHINGS[smoothing] or 0
+        )
+    g = g.numpy()[..., None]
+    assert ulps(loss, want, np.maximum(np.abs(want), 1)) <= 8
+    # A gradient is a difference of T p_j and t_j, or for probabilities of these over q_j.
+    assert z.grad is not None and t.grad is not None
+    size = np.abs(g) * np.maximum(np.abs(dz).max(-1, keepdims=True), 1)
+    if classes == 1 and model == "probabilities":
+        size = np.full(z.shape, np.inf)  # whether 1 is clipped; then t - t, else 0
+    assert ulps(z.grad, g * dz, np.minimum(size, 1e30)) <= 8
+    assert ulps(t.grad, g * dt, np.abs(g) * np.maximum(np.abs(dt), 1)) <= 8
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_derivatives_match_finite_differences(model, path):
+    z, t, _ = rows(5, model, (2, 3), torch.float64)
+    z.requires_grad_()
+    t.requires_grad_()
+    counted = torch.tensor([[True, False, True], [True, True, True]])
+    clip = None if model == "logits" else CLIP[torch.float64]
+
+    def losses(z, t):
+        return target_losses(z, t, clip, (0.9, 0.02), counted)
+
+    assert gradcheck(losses, (z, t), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(losses, (z, t))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_functional_transforms_agree_with_autograd(model):
+    z, t, g = rows(5, model, (4,), torch.float64)
+    clip = MODELS[model]
+
+    def total(z, t, g):
+        return target_losses(z, t, clip) * g
+
+    each = torch.func.vmap(torch.func.grad(total))(z, t, g)
+    leaf = z.clone().requires_grad_()
+    target_losses(leaf, t, clip).backward(g)
+    torch.testing.assert_close(each, leaf.grad)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_that_do_not_count_may_hold_anything(model, path):
+    z, t, g = rows(7, model)
+    z[1, 2], t[0, 1], t[2, 2], g[0, 1] = torch.nan, torch.inf, torch.nan, torch.nan
+    counted = torch.ones(3, 4, dtype=torch.bool)
+    counted[1, 2] = counted[0, 1] = counted[2, 2] = False
+    z.requires_grad_()
+    t.requires_grad_()
+    loss = target_losses(z, t, MODELS[model], (0.9, 0.01), counted)
+    dz, dt = torch.autograd.grad(loss, (z, t), g)
+    for part in (loss, dz, dt):
+        assert part.isfinite().all() and (part[~counted] == 0).all() and (part[counted] != 0).any()
+
+
+def test_layouts_are_walked_without_a_difference(path):
+    z, t, g = rows(6, "logits", (3, 4, 5))
+    want = target_losses(z, t)
+    for order in ((3, 0, 1, 2), (0, 3, 1, 2), (2, 3, 1, 0)):
+        back = [order.index(axis) for axis in range(4)]
+        moved = z.permute(order).contiguous().permute(back).requires_grad_()
+        got = target_losses(moved, t)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        (dz,) = torch.autograd.grad(got, moved, g)
+        leaf = z.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(target_losses(leaf, t), leaf, g)
+        torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-6)
+        assert path == "small" or dz.stride() == moved.stride()
+    crop = z[:, 1:, :2]
+    assert torch.equal(target_losses(crop, t[:, 1:, :2]), target_losses(crop.clone(), t[:, 1:, :2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16,
+                                   torch.bfloat16, torch.float64])  # fmt: skip
+def test_targets_may_have_any_real_dtype(dtype, path):
+    z, y = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    hot = torch.eye(5)[y]
+    want = categorical_crossentropy(hot, z, True, 0.1)
+    t = hot.to(dtype)
+    if t.is_floating_point():
+        t.requires_grad_()
+    got = categorical_crossentropy(t, z, True, 0.1)
+    torch.testing.assert_close(got, want)
+    assert got.dtype == torch.float32
+    if t.is_floating_point():
+        got.sum().backward()
+        assert t.grad is not None and t.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_halves_are_computed_in_float32(dtype, from_logits, path):
+    z, t, _ = rows(9, "logits" if from_logits else "probabilities")
+    z = z.to(dtype).requires_grad_()
+    loss = CategoricalCrossentropy(from_logits)
+    value = loss(t, z)
+    value.backward()
+    wide = z.detach().float().requires_grad_()
+    loss(t, wide).backward()
+    assert value.dtype == torch.float32 and z.grad is not None and wide.grad is not None
+    assert z.grad.dtype == dtype
+    torch.testing.assert_close(z.grad, wide.grad.to(dtype))
+    assert torch.equal(value, loss(t, wide))
+
+
+def test_one_hot_logits_are_the_sparse_loss():
+    z, y = torch.randn(4, 5, 6), torch.randint(0, 6, (4, 5))
+    weight = torch.rand(4, 1)
+    for reduction in ("sum", "mean", "mean_with_sample_weight", "none"):
+        dense = CategoricalCrossentropy(True, reduction=reduction)
+        sparse = SparseCategoricalCrossentropy(True, reduction=reduction)
+        got = dense(torch.eye(6)[y], z, weight, mask=y != 0)
+        torch.testing.assert_close(got, sparse(y, z, weight, mask=y != 0))
+
+
+def test_a_sum_of_many_smoothed_targets_stays_exact():
+    """PyTorch's cross_entropy loses the sum of 100,000 small targets: 1e-4 of the gradient."""
+    z, hot = torch.randn(1, 100_000) * 20, torch.zeros(1, 100_000)
+    hot[0, 7] = 1
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = z.clone().to(dtype).requires_grad_()
+        categorical_crossentropy(hot, leaf, True, 0.1).backward()
+        gradients.append(leaf.grad)
+    assert ulps(gradients[0], gradients[1], np.ones(z.shape)) <= 8
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_the_class_axis_may_be_anywhere(axis, from_logits):
+    z, t, _ = rows(7, "logits" if from_logits else "probabilities", (3, 4))
+    want = categorical_crossentropy(t, z, from_logits, 0.2)
+    got = categorical_crossentropy(t.movedim(-1, axis), z.movedim(-1, axis), from_logits, 0.2, axis)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_examples_of_keras_s_documentation():
+    y_true, y_pred = [[0, 1, 0], [0, 0, 1]], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]
+    loss = CategoricalCrossentropy()
+    assert loss(y_true, y_pred).item() == pytest.approx(1.177, abs=5e-4)
+    weighted = loss(y_true, y_pred, sample_weight=[0.3, 0.7])
+    assert weighted.item() == pytest.approx(0.814, abs=5e-4)
+    each = CategoricalCrossentropy(reduction=None)(y_true, y_pred)
+    assert each.tolist() == pytest.approx([0.0513, 2.303], abs=5e-4)
+    smooth = CategoricalCrossentropy(True, 0.1)([[1, 0, 0]], [[100.0, -100.0, -100.0]])
+    assert smooth.item() == pytest.approx(400 * 0.1 / 3)
+
+
+def test_the_signature_is_keras_s_and_a_config_round_trips():
+    loss = CategoricalCrossentropy(True, 0.2, 1, "sum", "mine", "float64")
+    config = {"from_logits": True, "label_smoothing": 0.2, "axis": 1, "reduction": "sum",
+              "name": "mine", "dtype": "float64"}  # fmt: skip
+    assert loss.get_config() == config
+    serialized = {"class_name": "CategoricalCrossentropy", "config": config}
+    for given in (config, serialized):
+        again = CategoricalCrossentropy.from_config(given)
+        assert again.get_config() == config and repr(again) == repr(loss)
+    assert repr(loss) == (
+        "CategoricalCrossentropy(from_logits=True, label_smoothing=0.2, reduction='sum', axis=1, "
+        "name='mine', dtype='float64')"
+    )
+    with pytest.raises(ValueError, match=r"must be that of a SparseCat.* of a CategoricalCross"):
+        SparseCategoricalCrossentropy.from_config(serialized)
+
+
+def test_it_lives_in_pytorch_like_any_module():
+    loss = CategoricalCrossentropy(True, 0.1)
+    z, t = torch.randn(4, 3), torch.eye(3)[[0, 1, 2, 1]]
+    for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.half()):
+        assert torch.equal(again(t, z), loss(t, z))
+    assert not loss.state_dict()
+    assert torch.equal(loss.as_criterion()(z, t), loss(t, z))
+    assert loss(t.to("meta"), z.to("meta")).shape == ()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(t, z.bfloat16()), loss(t, z.bfloat16().float()))
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_it_compiles_to_a_full_graph(from_logits):
+    torch.compiler.reset()
+    z, t, _ = rows(6, "logits" if from_logits else "probabilities")
+    weight, mask = torch.rand(3, 1), torch.rand(3, 4) < 0.7
+    z, t = z.movedim(-1, 1), t.movedim(-1, 1)
+    loss = CategoricalCrossentropy(from_logits, 0.1, axis=1)
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (t, z)]
+        value = call(*leaves, weight, mask)
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    torch.testing.assert_close(*results, rtol=2e-6, atol=1e-6)
+    function = torch.compile(categorical_crossentropy, fullgraph=True)
+    torch.testing.assert_close(
+        function(t, z, from_logits, axis=1), categorical_crossentropy(t, z, from_logits, axis=1)
+    )
+
+
+Z = torch.zeros
+ERRORS = [
+    ((Z(4), Z(4, 3)), {}, ValueError,
+     r"y_pred's shape, \(4, 3\), a target for every class, got \(4,\). If y_true holds class "
+     r"numbers, use SparseCategoricalCrossentropy, or pass torch.nn.functional.one_hot"),
+    ((Z(4, 1), Z(4, 3)), {}, ValueError, r"one_hot\(y_true, 3\)"),
+    ((Z(4, 2), Z(4, 3)), {}, ValueError, r"got \(4, 2\)$"),
+    ((Z(1, 3), Z(4, 3)), {}, ValueError, r"got \(1, 3\)$"),
+    ((Z(4, 3), Z(4, 3)), {"axis": 2}, ValueError, r"axis must be in \[-2, 2\)"),
+    ((Z(4, 0), Z(4, 0)), {}, ValueError, "at least one class"),
+    ((Z(()), Z(())), {}, ValueError, "must have a class axis, got a scalar"),
+    ((Z(4, 3), Z(4, 3)), {"label_smoothing": 1.5}, ValueError, r"in \[0, 1\], got 1.5"),
+    ((Z(4, 3), Z(4, 3)), {"label_smoothing": np.nan}, ValueError, r"in \[0, 1\], got nan"),
+    ((Z(4, 3), Z(4, 3)), {"label_smoothing": "0.1"}, TypeError, "must be a number, got '0.1'"),
+    ((Z(4, 3), Z(4, 3)), {"from_logits": "yes"}, TypeError, "from_logits must be True or False"),
+    ((Z(4, 3), Z(4, 3)), {"axis": True}, TypeError, "axis must be an integer, got True"),
+    ((["a"], Z(1, 3)), {}, TypeError, "y_true must hold numbers"),
+    ((Z(4, 3, dtype=torch.complex64), Z(4, 3)), {}, TypeError, "y_true must hold real numbers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), ERRORS)
+def test_wrong_input_is_named_with_its_rule_and_value(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        categorical_crossentropy(*arguments, **options)
+    with pytest.raises(error, match=message):
+        CategoricalCrossentropy(**options)(*arguments)

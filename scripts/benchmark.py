@@ -73,7 +73,8 @@ COPY, AT_HAND, FRESH = "copy", "at hand", "fresh"
 MOVES = "1 and 3 moves"  # the time to read once, and to read twice and write, as fast as a copy
 MEMORY_OF = (OURS, CROSS_ENTROPY, OF_LOG, COMPILED)
 
-# Peak memory over the predictions, in units of their size, where there are many classes.
+# Peak memory over the predictions, in units of their size, where there are many classes and
+# labels are integers.
 MEMORY_LIMITS = {FORWARD: 0.05, BOTH: 1.05}
 MANY_CLASSES = 1000
 BUSY = 0.1  # cores that others use; from here on a table says so
@@ -92,6 +93,7 @@ class Case:
     dtype: str = "float32"
     axis: int = -1
     half_ignored: bool = False
+    soft: bool = False  # a target for every class, and `CategoricalCrossentropy`
     quick: bool = False
 
     @property
@@ -103,7 +105,8 @@ class Case:
         dtype = "" if self.dtype == "float32" else f"{self.dtype} "
         axis = "" if self.axis == -1 else f", axis {self.axis}"
         ignored = ", half ignored" if self.half_ignored else ""
-        return f"{dtype}{self.kind} {self.shape}{axis}{ignored}"
+        soft = ", soft targets" if self.soft else ""
+        return f"{dtype}{self.kind} {self.shape}{axis}{ignored}{soft}"
 
     def floor(self, peer: str, which: str) -> float | None:
         pair = self.floors.get(peer)
@@ -135,6 +138,9 @@ CASES = (
     Case((1024, 32000), floors={NONE_IGNORED: (1.5, 1.3)}, half_ignored=True),
     Case((1024, 32000), PROBABILITIES, {OF_LOG: (8.0, 2.8), KERAS_TORCH: (5.0, 3.0)}, quick=True),
     Case((4096, 1000), PROBABILITIES, {OF_LOG: (3.0, 2.0)}),
+    Case((1024, 32000), floors={CROSS_ENTROPY: (1.0, 1.0)}, soft=True),
+    Case((4096, 1000), floors={CROSS_ENTROPY: (1.0, 1.0)}, soft=True, quick=True),
+    Case((1024, 32000), PROBABILITIES, {OF_LOG: (1.0, 1.0)}, soft=True),
 )
 # On a GPU memory is the limit: nine tenths of its speed forward, as published for Hopper, and
 # 0.55 ms for both passes of (8192, 32000) in bfloat16 at 3 TB/s.
@@ -158,6 +164,7 @@ CUDA_CASES = (
     Case((8192, 32000), floors={NONE_IGNORED: (1.5, 1.3)}, dtype="bfloat16", half_ignored=True),
     Case((8192, 32000), PROBABILITIES, {MOVES: (0.9, 0.95)}, dtype="bfloat16"),
     Case((4096, 1000), PROBABILITIES),
+    Case((8192, 32000), floors={CROSS_ENTROPY: (1.0, 1.0)}, dtype="bfloat16", soft=True),
 )
 SWEEP_ELEMENTS = 2**24
 SWEEP = tuple(
@@ -169,6 +176,9 @@ SWEEP_PEERS = (CROSS_ENTROPY, COMPILED)
 
 def labels(case: Case) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
+    if case.soft:
+        targets = torch.randn(case.shape, generator=generator).softmax(case.axis)
+        return targets.to(getattr(torch, case.dtype))
     axis = case.axis % len(case.shape)
     shape = (*case.shape[:axis], *case.shape[axis + 1 :])
     y_true = torch.randint(case.classes, shape, generator=generator)
@@ -189,6 +199,8 @@ def predictions(case: Case, device: str = "cpu") -> Tensor:
 
 
 def ours(case: Case, device: str) -> Loss:
+    if case.soft:
+        return torch_sce.CategoricalCrossentropy(case.kind == LOGITS, axis=case.axis)
     return torch_sce.SparseCategoricalCrossentropy(
         from_logits=case.kind == LOGITS,
         ignore_class=-100 if case.half_ignored else None,
@@ -208,9 +220,14 @@ def cross_entropy(case: Case, device: str, function: Loss = F.cross_entropy) -> 
     """Of the tensor as it is where the classes are second, else of rows; it ignores -100."""
     if case.kind != LOGITS:
         return None
+    return of_rows(case, function)
+
+
+def of_rows(case: Case, function: Loss) -> Loss:
     if case.axis == 1:
         return lambda y_true, y_pred: function(y_pred, y_true)
-    return lambda y_true, y_pred: function(y_pred.flatten(0, -2), y_true.flatten())
+    last = -2 if case.soft else -1
+    return lambda y_true, y_pred: function(y_pred.flatten(0, -2), y_true.flatten(0, last))
 
 
 def compiled_cross_entropy(case: Case, device: str) -> Loss | None:
@@ -229,7 +246,7 @@ def cross_entropy_of_float(case: Case, device: str) -> Loss | None:
 def cross_entropy_of_log(case: Case, device: str) -> Loss | None:
     if case.kind != PROBABILITIES:
         return None
-    return lambda y_true, y_pred: F.cross_entropy(y_pred.clamp(1e-7, 1 - 1e-7).log(), y_true)
+    return of_rows(case, lambda q, y: F.cross_entropy(q.clamp(1e-7, 1 - 1e-7).log(), y))
 
 
 def keras_on_torch(case: Case, device: str) -> Loss | None:
@@ -242,11 +259,12 @@ def keras_on_torch(case: Case, device: str) -> Loss | None:
     losses: Any = keras.losses
     if keras.backend.backend() != "torch":
         raise ImportError(f"Keras runs on {keras.backend.backend()} in this process")
-    return losses.SparseCategoricalCrossentropy(from_logits=case.kind == LOGITS)
+    made = losses.CategoricalCrossentropy if case.soft else losses.SparseCategoricalCrossentropy
+    return made(from_logits=case.kind == LOGITS)
 
 
 def liger_kernel(case: Case, device: str) -> Loss | None:
-    if device == "cpu" or case.kind != LOGITS or case.axis != -1:
+    if device == "cpu" or case.kind != LOGITS or case.axis != -1 or case.soft:
         return None
     from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
         LigerCrossEntropyLoss,
@@ -470,7 +488,10 @@ def _ask_worker(cases: Sequence[Case], options: argparse.Namespace) -> dict[str,
         raise RuntimeError("left out by --quick")
     if options.device != "cpu":
         raise RuntimeError("measured with --device cpu only")
-    question = {"cases": [(case.shape, case.kind) for case in cases], "threads": options.threads}
+    question = {
+        "cases": [(case.shape, case.kind, case.soft) for case in cases],
+        "threads": options.threads,
+    }
     variables = {
         "KERAS_BACKEND": "tensorflow",
         "TF_USE_LEGACY_KERAS": "0",
@@ -496,10 +517,12 @@ def tf_keras_worker() -> None:
 
     tf.config.threading.set_intra_op_parallelism_threads(asked["threads"])
 
-    def timed(shape: list[int], kind: str) -> tuple[dict[str, list[float]], float]:
-        case = Case(tuple(shape), kind)
+    def timed(shape: list[int], kind: str, soft: bool) -> tuple[dict[str, list[float]], float]:
+        case = Case(tuple(shape), kind, soft=soft)
         y_true, y_pred = tf.constant(labels(case).numpy()), tf.constant(predictions(case).numpy())
-        loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=kind == LOGITS)
+        losses = tf.keras.losses
+        made = losses.CategoricalCrossentropy if soft else losses.SparseCategoricalCrossentropy
+        loss = made(from_logits=kind == LOGITS)
 
         def forward() -> tuple[Any, Any]:
             with tf.GradientTape() as tape:
@@ -560,7 +583,7 @@ def print_memory(console: Console, results: Sequence[Result]) -> None:
     table = Table(
         title="Copies of the predictions in ms, and peak memory in units of the predictions' size, "
         f"without them; forward is without grad. Our limits, {limits}, are for {MANY_CLASSES} "
-        "classes or more. A dash is not measured.",
+        "classes or more and integer labels. A dash is not measured.",
         title_justify="left",
     )
     table.add_column("", overflow="fold")
@@ -579,7 +602,8 @@ def print_memory(console: Console, results: Sequence[Result]) -> None:
 
 def _memory(result: Result, name: str, which: str) -> str:
     peak = result.peak(name, which)
-    limited = name == OURS and result.case.classes >= MANY_CLASSES
+    case = result.case
+    limited = name == OURS and case.classes >= MANY_CLASSES and not case.soft
     if limited and peak > MEMORY_LIMITS[which]:
         return f"[red]above {peak:.2f}[/]"
     return _number(peak, ".2f")

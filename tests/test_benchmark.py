@@ -23,6 +23,8 @@ SMALL = (
     Case((6, 40), dtype="bfloat16"),
     Case((6, 40), half_ignored=True),
     Case((6, 40), "probabilities", {benchmark.OF_LOG: (1.0, 1.0)}, quick=True),
+    Case((6, 40), soft=True),
+    Case((2, 3, 40), "probabilities", soft=True),
 )
 
 

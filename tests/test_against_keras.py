@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+import test_losses
 from conftest import make_case
-from test_losses import TestValuesAtTheEdge
 
 from torch_sce import SparseCategoricalCrossentropy
 from torch_sce.crosscheck.answers import RecordedOracle, ours
@@ -11,6 +11,7 @@ from torch_sce.crosscheck.command import CASES, SEED
 from torch_sce.crosscheck.compare import AGREES, differs, judge, reference
 from torch_sce.crosscheck.draw import draw
 
+EDGE = test_losses.TestValuesAtTheEdge
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
 
 # classification; a sequence; a map; large enough for sums to round; a vocabulary, in two chunks
@@ -93,7 +94,10 @@ def test_dtypes(keras, dtype, computed):
 
 @pytest.mark.parametrize(
     ("from_logits", "table"),
-    [(False, TestValuesAtTheEdge.PROBABILITIES), (True, TestValuesAtTheEdge.LOGITS)],
+    [
+        (False, EDGE.PROBABILITIES),
+        (True, EDGE.LOGITS),
+    ],
 )
 def test_values_at_the_edge(keras, from_logits, table):
     for row, label, *_ in table:
@@ -103,8 +107,8 @@ def test_values_at_the_edge(keras, from_logits, table):
 
 def test_keras_still_answers_as_the_tables_of_edges_say(ask):
     for from_logits, table in (
-        (False, TestValuesAtTheEdge.PROBABILITIES),
-        (True, TestValuesAtTheEdge.LOGITS),
+        (False, EDGE.PROBABILITIES),
+        (True, EDGE.LOGITS),
     ):
         for row, label, value, gradient in table:
             answer = ask([label], np.array([row], np.float32), from_logits=from_logits)

@@ -1,6 +1,7 @@
 """The cross-check itself: that it can fail, that it is reproducible, and how it ends."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -26,7 +27,7 @@ from torch_sce.crosscheck.command import (
     USAGE,
     main,
 )
-from torch_sce.crosscheck.compare import MISMATCH, differs_from_reference, judge, reference
+from torch_sce.crosscheck.compare import MISMATCH, judge, reference
 from torch_sce.crosscheck.draw import draw
 
 PACKAGE = Path(torch_sce.__file__).parent
@@ -200,17 +201,21 @@ def test_the_cross_check_catches(name, recorded, tmp_path):
     )
 
 
-def test_without_a_mutation_nothing_is_caught(recorded):
-    found = [judge(case, answer, ours(case)) for case, answer in recorded]
-    assert [v.reason for v in found if v.outcome == MISMATCH] == []
+@pytest.fixture(scope="module")
+def verdicts(recorded):
+    return [judge(case, answer, ours(case)) for case, answer in recorded]
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != SLOWEST])
+def test_without_a_mutation_nothing_is_caught(verdicts):
+    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in (SLOWEST, "small")])
 def test_every_path_agrees_with_keras(path, recorded, monkeypatch):
     """Most cases are small: here they take the ways of large ones, and of other devices, too."""
     take_path(path, monkeypatch)
+    cases = recorded[::2] if "many" in path else recorded
     # The interpreter is slow, and truncates to bfloat16 where devices round.
-    cases = recorded
     if INTERPRETED:
         cases = [
             (case, answer)
@@ -221,24 +226,18 @@ def test_every_path_agrees_with_keras(path, recorded, monkeypatch):
     assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
 
 
-@pytest.mark.parametrize(("name", "more"), [(LOSSES[0], 1.0), (LOSSES[1], 1.2)])
-def test_our_errors_are_no_larger_than_keras_s(name, more, recorded):
+def test_our_errors_are_no_larger_than_keras_s(verdicts):
     """For targets both do the same in another order: neither mean may be a fifth larger."""
-    verdicts = [judge(case, answer, ours(case)) for case, answer in recorded if case.name == name]
-    for part in ("value", "gradient"):
-        mine, theirs = (
-            np.array([v.ulps[f"{who}, {part}"] for v in verdicts if f"{who}, {part}" in v.ulps])
-            for who in ("ours", "Keras")
-        )
-        assert len(mine) == len(theirs) > 300
-        assert mine.mean() <= more * theirs.mean()
-        assert name != LOSSES[0] or np.median(mine) <= np.median(theirs)
-        assert name != LOSSES[0] or mine.max() <= theirs.max()
-
-
-def test_the_reference_gives_our_answer_in_every_case(recorded):
-    for case, _ in recorded:
-        assert differs_from_reference(ours(case), reference(case)[0], case) is None, case.index
+    for name, part in itertools.product(LOSSES, ("value", "gradient")):
+        found = [v.ulps for v in verdicts if v.case.name == name and f"ours, {part}" in v.ulps]
+        mine, theirs = (np.array([u[f"{who}, {part}"] for u in found]) for who in ("ours", "Keras"))
+        assert len(found) > 300
+        if name == LOSSES[0]:
+            assert np.median(mine) <= np.median(theirs)
+            assert mine.mean() <= theirs.mean()
+            assert mine.max() <= theirs.max()
+        else:
+            assert mine.mean() <= 1.2 * theirs.mean()
 
 
 def test_where_labels_are_not_read_bad_ones_give_nan_and_nothing_else_changes(

@@ -1,12 +1,15 @@
 """Triton's kernels: what they do beyond `test_kernels.py`, on a GPU or in Triton's interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_kernels import MODELS, rows
 from ulps import ulps
 
-from torch_sce.kernels import IGNORED, aten, cuda
+from torch_sce import kernels
+from torch_sce.kernels import IGNORED, aten, cpu, cuda, targets
 from torch_sce.kernels.cuda import LONG, PROGRAMS, TILE, WIDE, Tile, choose_tile
 
 
@@ -144,3 +147,260 @@ def test_every_element_is_written(classes, model):
     finally:
         torch.use_deterministic_algorithms(False)
     assert not loss.isnan().any() and not dz.isnan().any()
+
+
+# One class; one block of the small tiles, and a class more; several blocks.
+SMALL_TILES = {"TILE": 32, "LONG": 16, "WIDE": 4}
+FEW_AND_MANY = (1, 16, 17, 50)
+SMOOTHING = {"smoothed": (0.9, 0.1 / 50), "as they are": None}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for name, value in SMALL_TILES.items():
+        monkeypatch.setattr(cuda, name, value)
+
+
+def rows_with_targets(shape, model, dtype=torch.float32, of=torch.float32):
+    """Predictions, targets that do not add up to 1, and an upstream gradient."""
+    z, _, g = rows(shape[-1], model, shape[:-1], dtype)
+    t = torch.rand(shape, generator=torch.Generator(z.device).manual_seed(1)) * 3
+    return z, t.to(of), g
+
+
+def both_passes(g, given, needs=(True, True)) -> Any:
+    """The losses, and dz and dt."""
+    z, t, clip, smoothing, counted = given
+    loss, *summary = cuda.forward_targets(z, t, clip, smoothing, counted)
+    return loss, *cuda.backward_targets(g, z, t, clip, smoothing, counted, needs, *summary)
+
+
+def check_targets(z, t, g, clip, smoothing=None, counted=None):
+    """Both passes on z and t as they lie in memory against the definition in float64."""
+    needs = (True, t.is_floating_point())
+    given = (clip, smoothing, counted)
+    loss, dz, dt = both_passes(g, (z, t, *given), needs)
+    want_z, want_t = targets.gradients(g.double(), z.double(), t.double(), *given)
+    size = targets.losses(z.double(), t.double().abs(), *given)  # of the terms of a loss
+    close(loss, targets.losses(z.double(), t.double(), *given), size.clamp(min=1))
+    assert not ((loss == 0) & loss.signbit()).any()
+    g = g.abs() if counted is None else g.abs() * counted
+    close(dz, want_z.to(z.dtype), g.unsqueeze(-1) * steepest(z, t, clip, smoothing))
+    assert dz.dtype == z.dtype and (dt is not None) == needs[1]
+    if dt is not None:
+        assert dt.dtype == t.dtype
+        close(dt, want_t.to(t.dtype), torch.maximum(want_t.abs(), g.unsqueeze(-1)))
+
+
+def steepest(z, t, clip, smoothing):
+    """A bound of both terms of dz, whose difference may be nearly 0."""
+    z, (keep, share) = z.double(), smoothing or (1, 0)
+    t = t.double().abs() * keep + share
+    if clip is None:
+        return t.sum(-1, keepdim=True)
+    s = z.sum(-1, keepdim=True)
+    c = (z / s).clamp(*clip)
+    return torch.where(c == z / s, t / c, 0).amax(-1, keepdim=True) / s
+
+
+def close(got, want, size):
+    """Eight roundings: of a sum, a quotient, an exponential or a logarithm, and some products."""
+    assert torch.equal(got.isnan(), want.isnan())
+    eps = max(torch.finfo(got.dtype).eps, 2**-23)
+    assert ulps(got, want, size.nan_to_num() * eps / 2**-23) <= 8
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHING)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("classes", FEW_AND_MANY)
+def test_rows_with_targets(classes, model, smoothing, small_tiles):
+    z, t, g = rows_with_targets((3, classes), model)
+    check_targets(z, t - 1, g, MODELS[model], SMOOTHING[smoothing])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_with_targets_of_many_classes(model):
+    z, t, g = rows_with_targets((2, LONG + 1), model)
+    check_targets(z, t / LONG, g, MODELS[model])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("of", [torch.float64, torch.float16, torch.bfloat16, torch.int64,
+                                torch.uint8, torch.bool])  # fmt: skip
+@pytest.mark.parametrize("model", MODELS)
+def test_targets_have_a_dtype_of_their_own(model, of, dtype):
+    z, t, g = rows_with_targets((3, 7), model, dtype, of)
+    check_targets(z, t, g, MODELS[model], SMOOTHING["smoothed"])
+
+
+CHANNELS_FIRST = {
+    "both": lambda z, t: (first(z), first(t)),
+    "predictions": lambda z, t: (first(z), t),
+    "targets": lambda z, t: (z, first(t)),
+}
+
+
+def first(x):
+    return x.movedim(-1, 1).contiguous().movedim(1, -1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("which", CHANNELS_FIRST)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 3), (1, 3, 2, 9)])
+def test_maps_with_targets_and_the_channels_first(shape, which, model, small_tiles):
+    z, t, g = rows_with_targets(shape, model)
+    counted = torch.arange(g.numel()).view(g.shape) % 4 != 1
+    z, t = CHANNELS_FIRST[which](z, t)
+    check_targets(z, t, g, MODELS[model], None, counted)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_with_targets_may_have_gaps_between(model, small_tiles):
+    z, t, g = rows_with_targets((3, 2, 17), model)
+    gaps, wide = torch.full((6, 2, 34), torch.nan), torch.full((3, 4, 51), torch.nan)
+    z, t = gaps[::2, :, ::2].copy_(z), wide[:, 1:3, 2::3].copy_(t)
+    check_targets(z, t, g, MODELS[model])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_crop_with_targets_and_more_axes_than_a_kernel_walks(model):
+    z, t, g = rows_with_targets((2, 2, 2, 2, 3), model)
+    whole = F.pad(z.movedim(-1, 0), (1, 1, 1, 0, 0, 1, 1, 1))
+    crop = whole[:, 1:3, :2, 1:3, 1:3].movedim(0, -1)
+    assert torch.equal(crop, z) and len(cuda._rows(crop).sizes) > cuda.AXES
+    check_targets(crop, t, g, MODELS[model])
+    check_targets(z, t[..., :1].expand_as(t), g, MODELS[model])
+
+
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_upstream_gradients_and_counts_of_targets_lie_anywhere_too(layout):
+    z, t, g = rows_with_targets((3, 4, 5), "logits")
+    counted = (torch.arange(12).view(4, 3) % 5 != 2).t()
+    check_targets(z, t, GRADIENTS[layout](g), None, None, counted)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_with_targets_that_do_not_count_may_hold_anything(model, small_tiles):
+    z, t, g = rows_with_targets((4, 17), model)
+    z[1], t[2], z[3, 5], g[3] = torch.nan, torch.inf, -torch.inf, torch.nan
+    check_targets(z, t, g, MODELS[model], None, torch.arange(4) == 0)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gradient_of_targets_that_is_not_needed_is_none(model, needs):
+    z, t, g = rows_with_targets((3, 7), model)
+    given = (z, t, MODELS[model], None, None)
+    _, *both = both_passes(g, given)
+    _, *found = both_passes(g, given, needs)
+    for got, want, need in zip(found, both, needs, strict=True):
+        assert torch.equal(got, want) if need else got is None
+
+
+def check_rows_that_are_not_finite(z, t, g, clip):
+    """They have no size to count roundings in: each is to be what `targets` has."""
+    given = (z, t, clip, None, None)
+    found = both_passes(g, given)
+    want = *targets.forward_targets(*given), *targets.backward_targets(g, *given, (True, True))
+    for got, right in zip(found, want, strict=True):
+        torch.testing.assert_close(got, right, rtol=2e-6, atol=2e-6, equal_nan=True)
+    return found[0]
+
+
+BAD_LOGITS = {
+    "shut out, with targets": [-torch.inf, 0.0, 1.0],
+    "shut out, with a target of 0": [0.0, 1.0, -torch.inf],
+    "all shut out": [-torch.inf] * 3,
+    "least": [-3.4e38, 0.0, -3.4e38],
+    "infinite": [0.0, torch.inf, 1.0],
+    "no number": [torch.nan, 0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("place", [0, 14, 40])
+@pytest.mark.parametrize("bad", BAD_LOGITS)
+def test_logits_with_targets_may_be_anything(bad, place, small_tiles):
+    """In the first block, across two, and in one that is not full."""
+    z, t, g = rows_with_targets((3, 43), "logits")
+    t[..., place + 2] = 0
+    z[1, place : place + 3] = torch.tensor(BAD_LOGITS[bad])
+    loss = check_rows_that_are_not_finite(z, t, g, None)
+    assert loss[[0, 2]].isfinite().all()
+    if bad in ("all shut out", "shut out, with a target of 0"):
+        assert loss[1].isnan()
+
+
+@pytest.mark.parametrize("offset", [-200.0, 200.0, 1e5])
+def test_logits_with_targets_that_grow_from_block_to_block(offset, small_tiles):
+    """The sums of the blocks before are to be corrected for the larger maximum."""
+    z, t, g = rows_with_targets((3, 50), "logits")
+    z += torch.linspace(-30, 30, 50) + offset
+    z[2] = z[2].flip(0)
+    check_targets(z, t, g, None)
+    z[:, :32], t[:, :32] = -torch.inf, 1
+    loss = check_rows_that_are_not_finite(z, t, g, None)
+    assert (loss == torch.inf).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, -1.0, 2.0, 0.0])
+def test_probabilities_with_targets_may_be_anything(bad, small_tiles):
+    z, t, g = rows_with_targets((4, 17), "probabilities")
+    z[1, 16], z[2, 0], z[3], t[2] = bad, bad, bad, 0
+    check_rows_that_are_not_finite(z, t, g, MODELS["probabilities"])
+
+
+def test_the_bounds_of_probabilities_with_targets_are_inclusive():
+    z = torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.5, 0.25], [0.125, 0.75, 0.125]]) * 4
+    _, t, g = rows_with_targets((3, 3), "probabilities")
+    check_targets(z, t, g, (0.25, 0.75))
+
+
+def test_probabilities_with_targets_that_are_all_clipped_have_no_gradient():
+    """Not even for an upstream NaN; but where a sum is 0 there are no probabilities."""
+    z = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 0.0]])
+    t, g = torch.eye(3)[[2, 2, 0]], torch.full((3,), torch.nan)
+    check_rows_that_are_not_finite(z, t, g, MODELS["probabilities"])
+    given = (z, t, MODELS["probabilities"], None, None)
+    _, dz, _ = both_passes(g, given)
+    assert (dz[0] == 0).all() and dz[1:].isnan().all()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_element_of_rows_with_targets_is_written(model, small_tiles):
+    """Memory that is not written holds NaN here."""
+    z, t, g = rows_with_targets((3, 17), model)
+    given = (z, t, MODELS[model], None, torch.arange(3) != 1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = both_passes(g, given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 3, 5)])
+def test_losses_of_targets_take_the_kernels(shape, model, monkeypatch):
+    monkeypatch.setattr(kernels, "_kernels", lambda z: cuda)
+    monkeypatch.setattr(cpu, "SMALL", -1)
+    for name in ("forward_targets", "backward_targets"):
+        monkeypatch.setattr(targets, name, None)
+    z, t, g = rows_with_targets(shape, model)
+    z.requires_grad_()
+    t.requires_grad_()
+    loss = kernels.target_losses(z, t, MODELS[model])
+    want = targets.losses(z, t, MODELS[model], None, None)
+    torch.testing.assert_close(loss, want)
+    found = torch.autograd.grad(loss, (z, t), g, retain_graph=True)
+    again = torch.autograd.grad(loss, (z, t), g, create_graph=True)
+    for got, same, right in zip(found, again, torch.autograd.grad(want, (z, t), g), strict=True):
+        torch.testing.assert_close(got, right)
+        torch.testing.assert_close(same, right)
+
+
+def test_targets_that_triton_may_not_read_take_any_device_s_path(monkeypatch):
+    monkeypatch.setattr(kernels, "_kernels", lambda z: cuda)
+    z = torch.zeros(3, 5)
+    assert kernels._target_kernels(z, z.half()) is cuda
+    assert kernels._target_kernels(z, z.bool()) is cuda
+    assert kernels._target_kernels(z, z.to(torch.float8_e4m3fn)) is targets

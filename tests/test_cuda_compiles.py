@@ -13,18 +13,18 @@ from torch_sce import kernels
 from torch_sce.kernels import aten, cuda
 from torch_sce.kernels.cuda import LONG, Tile
 
-FLOATS = ("loss", "m_out", "r_out", "m_parts", "r_parts", "g", "m", "r")
-POINTERS = {"y": "*i64", **dict.fromkeys(FLOATS, "*fp32")}
+FLOATS = ("loss", "m_out", "r_out", "s_out", "a_out", "m_parts", "r_parts", "g", "m", "r", "s", "a")
+POINTERS = {"y": "*i64", "counted": "*i1", **dict.fromkeys(FLOATS, "*fp32")}
 
 # Some rows, a part of one, and a map, each with the steps that are 1 there.
 TILES = {
-    "rows": (Tile(64, 32, 1), {"step", "out"}),
-    "part of a row": (Tile(1, LONG, 1), {"step", "out"}),
-    "map": (Tile(64, 32, 0), {"step_2", "out_2"}),
+    "rows": (Tile(64, 32, 1), {"step", "out", "t_step", "dz_step", "dt_step"}),
+    "part of a row": (Tile(1, LONG, 1), {"step", "out", "t_step", "dz_step", "dt_step"}),
+    "map": (Tile(64, 32, 0), {"step_2", "out_2", "t_2", "dz_2", "dt_2"}),
 }
 
 
-def compiled(kernel, dtype, tile, clip, ones, capability, **options):
+def compiled(kernel, dtype, tile, clip, ones, capability, targets="fp32", **options):
     """The kernel's PTX, as it is compiled where all other sizes and steps divide by 16.
 
     Else, with 1000 classes for example, Triton loads an element at a time.
@@ -40,7 +40,9 @@ def compiled(kernel, dtype, tile, clip, ones, capability, **options):
         signature[name] = POINTERS.get(name, "i32")
         if name in ("z", "dz"):
             signature[name] = f"*{dtype}"
-        if name in ("low", "high"):
+        if name in ("t", "dt"):
+            signature[name] = f"*{targets}"
+        if name in ("low", "high", "keep", "added"):
             signature[name] = "fp32"
         else:
             divisible[at,] = [["tt.divisibility", 16]]
@@ -60,11 +62,45 @@ def test_every_kernel_compiles(tile, clip, capability, dtype):
         forward = compiled(cuda._forward, *given, SPLIT=flag)
         backward = compiled(cuda._backward, *given, SAME=flag)
         if tile == "part of a row":  # 16 bytes at a time, and the predictions once
-            assert len(re.findall(r"ld\.global\S*\.v[24]", forward)) == _vectors(dtype)
-            assert len(re.findall(r"ld\.global\S*\.v[24]", backward)) == _vectors(dtype)
-            assert len(re.findall(r"st\.global\S*\.v[24]", backward)) == _vectors(dtype)
+            assert _vectors_in(forward, "ld") == _vectors(dtype)
+            assert _vectors_in(backward, "ld") == _vectors(dtype)
+            assert _vectors_in(backward, "st") == _vectors(dtype)
     merging = Tile(1, 16, 1)
     assert compiled(cuda._merge, dtype, merging, clip, {"step"}, capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "bf16"), (90, "fp32")])
+@pytest.mark.parametrize("clip", [None, (1e-7, 1.0)], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("tile", TILES)
+def test_every_kernel_of_targets_compiles(tile, clip, capability, dtype):
+    shape, ones = TILES[tile]
+    given = (dtype, shape, clip, ones, capability, dtype)
+    part = tile == "part of a row"
+    for absent in ({}, {"dz": None}, {"dt": None, "counted": None}):
+        backward = compiled(cuda._backward_targets, *given, SAME=not absent, **absent)
+        if part:  # targets are not read for a gradient of their own alone
+            assert _vectors_in(backward, "ld") == (1 if "dz" in absent else 2) * _vectors(dtype)
+            assert _vectors_in(backward, "st") == (1 if absent else 2) * _vectors(dtype)
+    forward = compiled(cuda._forward_targets, *given)
+    # An inexact quotient could lie on the other side of a bound.
+    assert ("div.rn" in forward) == ("div.rn" in backward) == (clip is not None)
+    if part:  # probabilities are walked twice
+        assert _vectors_in(forward, "ld") == (2 if clip is None else 3) * _vectors(dtype)
+
+
+@pytest.mark.parametrize("targets", ["i1", "u8", "i64", "fp16", "fp64"])
+def test_targets_of_every_dtype_compile(targets):
+    shape, ones = TILES["rows"]
+    for clip in (None, (1e-7, 1.0)):
+        given = ("bf16", shape, clip, ones, 80, targets)
+        assert compiled(cuda._forward_targets, *given, counted=None)
+        absent = {} if targets.startswith("fp") else {"dt": None}
+        assert compiled(cuda._backward_targets, *given, SAME=False, **absent)
+
+
+def _vectors_in(ptx, operation):
+    """How many instructions move 16 bytes."""
+    return len(re.findall(rf"{operation}\.global\S*\.v[24]", ptx))
 
 
 def _vectors(dtype):

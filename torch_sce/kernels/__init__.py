@@ -34,7 +34,8 @@ Nothing here knows of weights, masks or averages: a weight is the upstream gradi
 
 `aten` has the definition, and serves any device. A module for one device, `cpu` or `cuda`, has its
 `forward` and `backward`; what the first returns behind the losses the second is given at the end.
-`targets` is about rows whose label is a target for every class, with formulas of their own.
+`targets` is about rows whose label is a target for every class, with formulas of their own: it
+serves any device with `forward_targets` and `backward_targets`, and `cuda` has these two as well.
 """
 
 import functools
@@ -87,7 +88,7 @@ def target_losses(
     if z.ndim == 1:
         rows = None if counted is None else counted.unsqueeze(0)
         return target_losses(z.unsqueeze(0), t.unsqueeze(0), clip, smoothing, rows).squeeze(0)
-    return _TargetLosses.apply(z, t, clip, smoothing, counted)
+    return _TargetLosses.apply(z, t, clip, smoothing, counted, _target_kernels(z, t))
 
 
 def _needs_plain_operations(x: Tensor) -> bool:
@@ -122,22 +123,23 @@ class _TargetLosses(torch.autograd.Function):
     """The losses of rows with a target for every class."""
 
     @staticmethod
-    def forward(ctx, z, t, clip, smoothing, counted):
-        ctx.options = (clip, smoothing)
-        ctx.save_for_backward(z, t, counted)
-        return targets.forward(z, t, clip, smoothing, counted)
+    def forward(ctx, z, t, clip, smoothing, counted, kernels):
+        ctx.kernels, ctx.options = kernels, (clip, smoothing)
+        loss, *summary = kernels.forward_targets(z, t, clip, smoothing, counted)
+        ctx.save_for_backward(z, t, counted, *summary)
+        return loss
 
     @staticmethod
     def backward(ctx, *upstream):
-        (g,), (z, t, counted) = upstream, ctx.saved_tensors
-        clip, smoothing = ctx.options
-        needs = ctx.needs_input_grad[:2]
+        (g,), (z, t, counted, *summary) = upstream, ctx.saved_tensors
+        (clip, smoothing), needs = ctx.options, ctx.needs_input_grad[:2]
         if _needs_expression(g):
             both = targets.gradients(g, z, t, clip, smoothing, counted)
             found = [d if need else None for d, need in zip(both, needs, strict=True)]
         else:
-            found = targets.backward(g, z, t, clip, smoothing, counted, needs)
-        return *found, None, None, None
+            options = (clip, smoothing, counted, needs)
+            found = ctx.kernels.backward_targets(g, z, t, *options, *summary)
+        return *found, None, None, None, None
 
 
 def _kernels(z: Tensor) -> Any:
@@ -147,6 +149,14 @@ def _kernels(z: Tensor) -> Any:
     if z.is_cuda and z.dtype != torch.float64:
         return _cuda_kernels(z.device)
     return cpu if z.device.type == "cpu" else aten
+
+
+def _target_kernels(z: Tensor, t: Tensor) -> Any:
+    """`targets`, but where the kernels for z have such functions of their own."""
+    kernels = _kernels(z)
+    # Which floats of 8 bits Triton can read depends on the device.
+    eight_bits = t.is_floating_point() and t.element_size() == 1
+    return targets if eight_bits or kernels in (aten, cpu) else kernels
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""The row formulas in Triton: the functions of `aten` for CUDA, bound by memory alone.
+"""The row formulas in Triton: the functions of `aten` and `targets` for CUDA.
 
-The predictions are read once forward; backward they are read once and the gradient is written
-once. Nothing here looks at a value, waits for the device, or adds up in an order that could vary.
+Memory bounds them: the predictions are read once forward; backward they are read once and the
+gradient is written once. Nothing here looks at a value, waits for the device, or adds up in an
+order that could vary.
 
 A program takes a tile of rows and classes. Where the classes of a row lie together, a tile is
 some rows or a part of one; where rows lie together, as in maps with the channels first, it is
@@ -16,6 +17,14 @@ the label is no difference of two numbers that may be nearly equal:
     probabilities:  g * (1 / s - 1 / c_y)     =  -g * r / (s * c_y)
 
 A row is not read if it is ignored, nor in the backward pass if its g is 0.
+
+Rows with a target for every class have kernels of their own, for the formulas of `targets`. One
+program walks all the classes of a row. The sums of logits are those of one walk, with
+
+    u = sum_j t_j (z_j - m)             loss = T log s - u
+
+where m, s and u are corrected as larger logits are met. Probabilities are walked twice, since they
+are to be clipped after their sum is known. A row is not read if it does not count.
 """
 
 # Of a kernel, a type checker sees the function that Triton compiles.
@@ -29,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aten import IGNORED, Clip, empty_like
+from .targets import Smoothing
 
 MARK = tl.constexpr(IGNORED)
 
@@ -121,6 +131,59 @@ def backward(
     return dz
 
 
+def forward_targets(
+    z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of every row, and the m, s and a that `backward_targets` needs.
+
+    For logits a is T. For probabilities m is the number of entries that are not clipped.
+    """
+    rows = _rows(z, t)
+    if len(rows.sizes) > AXES:
+        return forward_targets(z.contiguous(), t.contiguous(), clip, smoothing, counted)
+    loss, m, s, a = (z.new_empty(z.shape[:-1], dtype=torch.float32) for _ in range(4))
+    if loss.numel() == 0:
+        return loss, m, s, a
+    tile = choose_tile(z, rows)
+    grid, given = _launch_targets(rows, z, t, tile, clip, smoothing, counted)
+    with torch.cuda.device_of(z):
+        _forward_targets[grid](*given, loss, m, s, a, **tile.options(clip))
+    return loss, m, s, a
+
+
+def backward_targets(
+    g: Tensor,
+    z: Tensor,
+    t: Tensor,
+    clip: Clip,
+    smoothing: Smoothing,
+    counted: Tensor | None,
+    needs: tuple[bool, bool],
+    m: Tensor,
+    s: Tensor,
+    a: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
+    dz, dt = (empty_like(x) if need else None for x, need in zip((z, t), needs, strict=True))
+    places = (z if dz is None else dz, t if dt is None else dt)
+    rows = _rows(z, t, *places)
+    if len(rows.sizes) > AXES:
+        z, t = z.contiguous(), t.contiguous()
+        return backward_targets(g, z, t, clip, smoothing, counted, needs, m, s, a)
+    if s.numel() == 0:
+        return dz, dt
+    tile = choose_tile(z, rows)
+    (programs,), given = _launch_targets(rows, z, t, tile, clip, smoothing, counted)
+    steps = [place.stride(-1) for place in places]
+    same = not any(g.stride())  # the mean hands the same g to every row
+    with torch.cuda.device_of(z):
+        _backward_targets[programs, triton.cdiv(z.shape[-1], tile.classes)](
+            *given, dz, dt, *steps, g if same else g.contiguous(), m, s, a,
+            SAME=same, **tile.options(clip),
+        )  # fmt: skip
+    return dz, dt
+
+
 def choose_tile(z: Tensor, rows: Rows) -> Tile:
     """The launch settings. They depend on shape and strides alone, so results do not vary."""
     sizes, (steps, *_) = rows
@@ -153,13 +216,31 @@ def _rows(*tensors: Tensor) -> Rows:
 def _launch(
     rows: Rows, z: Tensor, y: Tensor, tile: Tile, clip: Clip
 ) -> tuple[tuple[int], tuple[Any, ...]]:
-    """The number of programs for the rows, and the arguments that every kernel begins with."""
+    """The number of programs for the rows, and the arguments that every kernel begins with.
+
+    In the place of y there may be t.
+    """
     tiles = triton.cdiv(rows.sizes[2], tile.rows)
     steps = [step for each in rows.steps for step in each]
     given = (
         z, y, *(clip or (0.0, 0.0)), *rows.sizes[1:], tiles, z.shape[-1], z.stride(-1), *steps,
     )  # fmt: skip
     return (rows.sizes[0] * rows.sizes[1] * tiles,), given
+
+
+def _launch_targets(
+    rows: Rows,
+    z: Tensor,
+    t: Tensor,
+    tile: Tile,
+    clip: Clip,
+    smoothing: Smoothing,
+    counted: Tensor | None,
+) -> tuple[tuple[int], tuple[Any, ...]]:
+    """As `_launch`, for the kernels of targets."""
+    grid, given = _launch(rows, z, t, tile, clip)
+    counted = None if counted is None else counted.contiguous()
+    return grid, (*given, t.stride(-1), *(smoothing or (1.0, 0.0)), counted)
 
 
 @triton.jit
@@ -283,6 +364,152 @@ def _backward(
     slopes = tl.where(tl.expand_dims(counts, AXIS), slopes, 0.0)
     at = tl.expand_dims(dz, AXIS) + j.to(tl.int64) * out
     tl.store(at, slopes.to(dz.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_targets(
+    z, t, low, high, size_1, size_2, tiles, classes, step, step_0, step_1, step_2,
+    t_0, t_1, t_2, t_step, keep, added, counted, loss, m_out, s_out, a_out,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
+    """The losses, m, s and a of a tile of rows with targets."""
+    outer, inner, row = _place(size_2, tiles, ROWS)
+    inside = inner < size_2
+    counts = _counts(counted, row, inside)
+    z += _offsets(outer, inner, size_1, step_0, step_1, step_2)
+    t += _offsets(outer, inner, size_1, t_0, t_1, t_2)
+    if CLIP:
+        value, m, s, a = _walk_probabilities(
+            z, t, low, high, classes, step, t_step, keep, added, counts, ROWS, CLASSES, AXIS
+        )
+    else:
+        value, m, s, a = _walk_logits(
+            z, t, classes, step, t_step, keep, added, counts, ROWS, CLASSES, AXIS
+        )
+    tl.store(loss + row, tl.where(counts, 0 - value, 0.0), mask=inside)  # never -0.0
+    tl.store(m_out + row, m, mask=inside)
+    tl.store(s_out + row, s, mask=inside)
+    tl.store(a_out + row, a, mask=inside)
+
+
+@triton.jit
+def _walk_logits(
+    z, t, classes, step, t_step, keep, added, counts,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """The negative losses, m, s and T of rows of logits."""
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    m = tl.zeros([ROWS], tl.float32)  # that, or 0 where all is minus infinity so far
+    s = tl.zeros([ROWS], tl.float32)
+    u = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, classes, CLASSES):
+        j, here = _classes(first, classes, counts, CLASSES, AXIS)
+        block = _load(z, j, step, here, float("-inf"), AXIS)
+        target = tl.where(here, _load(t, j, t_step, here, 0, AXIS) * keep + added, 0.0)
+        before, m_before = top, m
+        top = tl.maximum(top, tl.max(block, AXIS))
+        m = tl.where(top == float("-inf"), 0.0, top)
+        block -= tl.expand_dims(m, AXIS)
+        s = s * tl.exp(before - m) + tl.sum(tl.exp(block), AXIS)
+        u += total * (m_before - m) + tl.sum(tl.where(here, target * block, 0.0), AXIS)
+        total += tl.sum(target, AXIS)
+    return u - total * tl.log(s), m, s, total
+
+
+@triton.jit
+def _walk_probabilities(
+    z, t, low, high, classes, step, t_step, keep, added, counts,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """The negative losses, numbers of entries not clipped, s and a of rows of probabilities."""
+    s = tl.zeros([ROWS], tl.float32)
+    for first in range(0, classes, CLASSES):
+        j, here = _classes(first, classes, counts, CLASSES, AXIS)
+        s += tl.sum(_load(z, j, step, here, 0.0, AXIS), AXIS)
+    value = tl.zeros([ROWS], tl.float32)
+    free = tl.zeros([ROWS], tl.float32)
+    a = tl.zeros([ROWS], tl.float32)
+    for first in range(0, classes, CLASSES):
+        j, here = _classes(first, classes, counts, CLASSES, AXIS)
+        block = _load(z, j, step, here, 0.0, AXIS)
+        target = _load(t, j, t_step, here, 0, AXIS) * keep + added
+        n, c, w = _normalise(block, target, tl.expand_dims(s, AXIS), low, high)
+        value += tl.sum(tl.where(here, target * tl.log(c), 0.0), AXIS)
+        free += tl.sum(tl.where(here & (n == c), 1.0, 0.0), AXIS)
+        a += tl.sum(tl.where(here, w * n, 0.0), AXIS)  # a NaN if any n is no number
+    return value, free, s, a
+
+
+@triton.jit
+def _backward_targets(
+    z, t, low, high, size_1, size_2, tiles, classes, step, step_0, step_1, step_2,
+    t_0, t_1, t_2, dz_0, dz_1, dz_2, dt_0, dt_1, dt_2, t_step, keep, added, counted,
+    dz, dt, dz_step, dt_step, g, m, s, a,
+    SAME: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+    CLIP: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of rows and classes with targets, but for one that is None."""
+    outer, inner, row = _place(size_2, tiles, ROWS)
+    counts = _counts(counted, row, inner < size_2)
+    g = tl.expand_dims(tl.load(g + (row * 0 if SAME else row), mask=counts, other=0.0), AXIS)
+    m = tl.expand_dims(tl.load(m + row, mask=counts, other=0.0), AXIS)
+    s = tl.expand_dims(tl.load(s + row, mask=counts, other=1.0), AXIS)
+    a = tl.expand_dims(tl.load(a + row, mask=counts, other=0.0), AXIS)
+    j, here = _classes(tl.program_id(1) * CLASSES, classes, counts, CLASSES, AXIS)
+    z += _offsets(outer, inner, size_1, step_0, step_1, step_2)
+    t += _offsets(outer, inner, size_1, t_0, t_1, t_2)
+    block = _load(z, j, step, here, 0.0, AXIS)
+    target = _load(t, j, t_step, here, 0, AXIS) * keep + added
+    if CLIP:
+        _, c, w = _normalise(block, target, s, low, high)
+        logarithms = tl.log(c)
+        slopes = (a - w) * tl.where(m == 0, 0.0, g / s)  # 0 if all are clipped, whatever g is
+    else:
+        logarithms = (block - m) - tl.log(s)
+        slopes = g * (a / s * tl.exp(block - m) - target)
+    inside = tl.expand_dims(inner < size_2, AXIS) & (j < classes)
+    if dz is not None:
+        dz += _offsets(outer, inner, size_1, dz_0, dz_1, dz_2)
+        _store(dz, j, dz_step, tl.where(here, slopes, 0.0), inside, AXIS)
+    if dt is not None:
+        dt += _offsets(outer, inner, size_1, dt_0, dt_1, dt_2)
+        _store(dt, j, dt_step, tl.where(here, g * -keep * logarithms, 0.0), inside, AXIS)
+
+
+@triton.jit
+def _normalise(q, target, s, low, high):
+    """n, c and w of entries with their targets."""
+    n = tl.div_rn(q, s)  # as PyTorch divides: which entries are clipped must not depend on it
+    c = _clip(n, low, high)
+    return n, c, tl.where(n == c, target / c, 0.0)
+
+
+@triton.jit
+def _counts(counted, row, inside):
+    """Which rows are there and count."""
+    if counted is not None:
+        inside = tl.load(counted + row, mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def _classes(first, classes, counts, CLASSES: tl.constexpr, AXIS: tl.constexpr):
+    """The classes of a tile, and which of its entries are there and count."""
+    j = tl.expand_dims(first + tl.arange(0, CLASSES), 1 - AXIS)
+    return j, tl.expand_dims(counts, AXIS) & (j < classes)
+
+
+@triton.jit
+def _load(rows, j, step, here, other, AXIS: tl.constexpr):
+    at = tl.expand_dims(rows, AXIS) + j.to(tl.int64) * step
+    return tl.load(at, mask=here, other=other).to(tl.float32)
+
+
+@triton.jit
+def _store(rows, j, step, values, inside, AXIS: tl.constexpr):
+    at = tl.expand_dims(rows, AXIS) + j.to(tl.int64) * step
+    tl.store(at, values.to(rows.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ FEW = 64
 
 
 def is_small(z: Tensor, clip: Clip) -> bool:
-    """Whether `losses` takes less time than `forward` and `backward`, on the CPU."""
+    """Whether `losses` takes less time than the passes below, on the CPU."""
     return cpu.is_small(z) and (clip is not None or z.shape[-1] <= FEW)
 
 
@@ -76,10 +76,10 @@ def gradients(
     return dz.to(z.dtype), dt.to(t.dtype) if t.is_floating_point() else dt
 
 
-def forward(
+def forward_targets(
     z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
-) -> Tensor:
-    """The loss of every row."""
+) -> tuple[Tensor]:
+    """The loss of every row, and nothing else: `backward_targets` finds sums again as it needs."""
     loss = z.new_empty(z.shape[:-1], dtype=row_dtype(z))
     for rows, z_, t_, a, _ in _walk(z, t, clip, smoothing):
         if clip is None:
@@ -88,10 +88,10 @@ def forward(
             torch.div(z_, z_.sum(-1, keepdim=True), out=a).clamp_(*clip).log_()
         loss[rows] = a.mul_(t_).sum(-1)
     loss = torch.sub(0, loss, out=loss)  # never -0.0
-    return loss if counted is None else loss.masked_fill_(~counted, 0)
+    return (loss if counted is None else loss.masked_fill_(~counted, 0),)
 
 
-def backward(
+def backward_targets(
     g: Tensor,
     z: Tensor,
     t: Tensor,

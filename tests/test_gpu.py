@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_kernels import MODELS, rows
 
-from torch_sce import SparseCategoricalCrossentropy
+from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy, metrics
 from torch_sce.kernels import _cuda_kernels, cuda
 
 
@@ -27,6 +27,44 @@ def test_nothing_waits_for_the_device(from_logits, reduction):
         loss(y, z, weight, mask).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_neither_targets_nor_metrics_wait(from_logits):
+    z, y, g = batch(model="logits" if from_logits else "probabilities")
+    y = y.clamp(min=0)
+    t = torch.eye(1000)[y].requires_grad_()
+    loss = CategoricalCrossentropy(from_logits, 0.1)
+    found = [getattr(metrics, name)().to("cuda") for name in metrics.__all__]
+
+    def step():
+        loss(t, z, g.abs(), y != 5).backward()
+        for metric in found:
+            labels = y if metric.name.startswith("sparse") else t
+            y_pred = z.argmax(-1) if metric.name == "accuracy" else z
+            metric.update_state(y if metric.name == "accuracy" else labels, y_pred, g.abs(), y != 5)
+            metric.result()
+
+    step()  # compiles
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_targets_take_the_gradient_and_few_numbers_a_row(from_logits):
+    z = torch.rand(4096, 32000, dtype=torch.bfloat16).softmax(-1).requires_grad_()
+    t = torch.rand_like(z).detach()
+    loss = CategoricalCrossentropy(from_logits)
+    loss(t, z).backward()
+    z.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss(t, z).backward()
+    assert torch.cuda.max_memory_allocated() - before < 1.02 * z.nbytes
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import target_sample
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from ulps import ulps
 
@@ -235,6 +236,10 @@ def test_it_lives_in_pytorch_like_any_module():
     assert not loss.state_dict()
     assert torch.equal(loss.as_criterion()(z, t), loss(t, z))
     assert loss(t.to("meta"), z.to("meta")).shape == ()
+    with FakeTensorMode():
+        leaf = torch.empty(3, 100, requires_grad=True)
+        loss(torch.empty(3, 100), leaf).backward()
+    assert leaf.grad is not None and leaf.grad.shape == (3, 100)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(t, z.bfloat16()), loss(t, z.bfloat16().float()))
 

@@ -125,7 +125,8 @@ def backward_targets(
             r = (g_ / s).masked_fill_(clipped.all(-1, keepdim=True), 0)  # even a NaN
             _write(dz, rows, torch.sub(total, w, out=w).mul_(r), counted)
         if dt is not None:
-            _write(dt, rows, c.log_().mul_(-keep * g_), counted)
+            logarithms = torch.log(c, out=_place(dt, rows, b))
+            _write(dt, rows, logarithms.mul_(-keep * g_), counted)
     return dz, dt
 
 
@@ -182,8 +183,8 @@ def _place(out: Tensor, rows: tuple, scratch: Tensor) -> Tensor:
 
 
 def _write(out: Tensor, rows: tuple, values: Tensor, counted: Tensor | None) -> None:
-    """Puts values where they belong, if they are not there already."""
+    """Puts values from `_place` where they belong, if that is not there."""
     if counted is not None:
         values.masked_fill_(~counted[rows].unsqueeze(-1), 0)
-    if values.data_ptr() != out[rows].data_ptr():
+    if values.dtype != out.dtype:
         out[rows] = values

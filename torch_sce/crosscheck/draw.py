@@ -28,7 +28,7 @@ def draw(seed: int, index: int) -> Case:
 
 
 def _loss(rng, seed: int, index: int, name: str) -> Case:
-    features = {"what": name}
+    features = {"loss": name}
     form = features["form"] = pick(rng, {"class": 9, "function": 1})
     from_logits = bool(rng.integers(2))
     features["predictions are"] = "logits" if from_logits else "probabilities"

@@ -21,7 +21,7 @@ METRICS: dict[str, float] = {
 def draw_metric(rng: np.random.Generator, seed: int, index: int) -> Case:
     """A case of a metric, or of an accuracy as a function."""
     name = pick(rng, METRICS)
-    features = {"what": f"metrics.{name}"}
+    features = {"metric": name}
     has_function = name not in (*LOSSES, "Accuracy")
     form = "function" if has_function and rng.random() < 0.2 else "metric"
     features["form"] = form

@@ -68,6 +68,8 @@ def test_sorted_class_numbers_are_looked_up():
         assert hits.tolist() == [0, 1]
         hits = sparse_top_k_categorical_accuracy([3, 2], given, k=2, from_sorted_ids=True)
         assert hits.tolist() == [0, 1]
+    padded = torch.tensor([[-1, 2]])
+    assert sparse_top_k_categorical_accuracy([NAN], padded, 1, from_sorted_ids=True).tolist() == [0]
 
 
 @pytest.mark.parametrize("label", [-1, 4, 255, 2**40])
@@ -81,6 +83,10 @@ def test_labels_are_compared_as_they_are():
     p = torch.eye(300)[[256, 257]].bfloat16()
     assert sparse_categorical_accuracy([257, 257], p).tolist() == [0, 1]
     assert accuracy([257, 257], torch.tensor([256, 258]).bfloat16()).tolist() == [0, 0]
+    assert accuracy([257.0], torch.tensor([256.0]).bfloat16()).tolist() == [0]
+    near = torch.tensor([[2**24, 2**24 + 1]])
+    assert sparse_top_k_categorical_accuracy([0], near, k=1).tolist() == [0]
+    assert sparse_categorical_accuracy([1], near).tolist() == [1]
     assert accuracy([257, 256], torch.tensor([256.0, 256.0])).tolist() == [0, 1]
     assert sparse_categorical_accuracy([1.5, 1.0], torch.eye(3)[[1, 1]]).tolist() == [0, 1]
     # Top-k truncates, as Keras does, but knows that NaN is no number.
@@ -122,18 +128,33 @@ def test_they_compile_to_full_graphs(name):
     assert torch.equal(compiled(y, p), FUNCTIONS[name](y, p))
 
 
+def test_a_k_that_varies_compiles_to_a_full_graph():
+    torch.compiler.reset()
+    p, y = torch.rand(6, 5), torch.randint(0, 5, (6,))
+    function = sparse_top_k_categorical_accuracy
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for k in (1, 2, 3, 4):
+        assert torch.equal(compiled(y, p, k), function(y, p, k))
+
+
 P = torch.rand(4, 3)
 ERRORS = [
-    (sparse_categorical_accuracy, (P, torch.arange(4)), ValueError, "labels come first"),
+    (sparse_categorical_accuracy, (P, torch.arange(4)), ValueError, "labels come first in"),
     (sparse_categorical_accuracy, ([0], P), ValueError, r"\(4,\), got \(1,\)"),
-    (sparse_categorical_accuracy, (P, P), ValueError, "one-hot, use CategoricalCross"),
+    (sparse_categorical_accuracy, (P, P), ValueError, "one-hot, use CategoricalAccuracy"),
     (sparse_categorical_accuracy, ([0], torch.rand(1, 0)), ValueError, "at least one class"),
     (sparse_categorical_accuracy, (["a"], P[:1]), TypeError, "y_true must hold numbers"),
-    (categorical_accuracy, (torch.arange(4), P), ValueError, "If y_true holds class numbers"),
+    (
+        categorical_accuracy,
+        (torch.arange(4), P),
+        ValueError,
+        "If y_true holds class numbers, use SparseCategoricalAcc",
+    ),
     (categorical_accuracy, (P[:, :2], P), ValueError, r"\(4, 3\), .* got \(4, 2\)"),
     (sparse_top_k_categorical_accuracy, ([0] * 4, P, 0), ValueError, "k must be at least 1, got 0"),
     (sparse_top_k_categorical_accuracy, ([0] * 4, P, 2.5), TypeError, "k must be an integer"),
     (sparse_top_k_categorical_accuracy, ([0] * 4, P, True), TypeError, "k must be an integer"),
+    (sparse_top_k_categorical_accuracy, ([0] * 4, P, 1, "no"), TypeError, "from_sorted_ids must"),
     (sparse_top_k_categorical_accuracy, (0, P[0]), ValueError, r"one sample pass y_pred\[None\]"),
     (top_k_categorical_accuracy, (P, P, -1), ValueError, "k must be at least 1, got -1"),
     (accuracy, (torch.arange(4), P), ValueError, "Accuracy compares labels with labels"),

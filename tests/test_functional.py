@@ -167,15 +167,16 @@ def test_the_result_is_float32_or_float64_and_the_gradient_as_the_predictions(dt
 Z = torch.zeros
 ERRORS = [
     # arguments in PyTorch's order
-    ((Z(4, 3), Z(4)), {}, ValueError, r"labels come first here: call loss\(y_true, y_pred\)"),
+    ((Z(4, 3), Z(4)), {}, ValueError, r"labels come first in loss\(y_true, y_pred\)"),
     ((Z(2, 5, 3), Z(2, 5)), {}, ValueError, r"as_criterion\(\)\(input, target\)"),
-    ((Z(2, 3, 5), Z(2, 5)), {"axis": 1}, ValueError, "fit in PyTorch's order"),
+    ((Z(2, 3, 5), Z(2, 5)), {"axis": 1}, ValueError, "fit if labels and predictions are exchanged"),
     # one-hot labels
     ((Z(4, 3), Z(4, 3)), {}, ValueError, "one-hot, use CategoricalCrossentropy, or pass"),
     # shapes
     ((Z(5), Z(4, 3)), {}, ValueError, r"without its class axis, \(4,\), got \(5,\)"),
     ((Z(1, 4), Z(4, 3)), {}, ValueError, r"got \(1, 4\)"),
     ((Z(10), Z(2, 5, 3)), {}, ValueError, r"\(2, 5\), got \(10,\)"),
+    ((Z(2, 5, 4), Z(2, 3, 5, 4)), {}, ValueError, "If the classes are on axis 1, pass axis=1, or"),
     ((0, Z(4, 3)), {}, ValueError, r"\(4,\), got \(\)"),
     ((0, 0.5), {}, ValueError, "y_pred must have a class axis, got a scalar"),
     # labels
@@ -211,7 +212,7 @@ ERRORS = [
     (([0], np.zeros((1, 3), np.longdouble)), {}, TypeError, "a dtype that PyTorch has, got float"),
     (([{"a": 1}], Z(1, 3)), {}, TypeError, r"y_true must hold numbers, got \[{'a': 1}\]"),
     (([0, 1, 2], Z(3)), {}, ValueError, r"must be \(B, C\): its class axis seems to be missing"),
-    ((Z(4, 3), Z(4, 1)), {}, ValueError, "fit in PyTorch's order"),
+    ((Z(4, 3), Z(4, 1)), {}, ValueError, "fit if labels and predictions are exchanged"),
     (([0], Z(1, 3), Z(1)), {}, TypeError, "from_logits must be True or False, got a tensor"),
     (([0], Z(1, 3), "False"), {}, TypeError, "from_logits must be True or False, got 'False'"),
     (([[0, 1], [2]], Z(2, 2, 3)), {}, ValueError, "y_true must be a tensor or convertible"),
@@ -225,6 +226,17 @@ ERRORS = [
 def test_wrong_input_is_named_with_its_rule_and_value(arguments, options, error, message):
     with pytest.raises(error, match=message):
         sparse_categorical_crossentropy(*arguments, **options)
+
+
+def test_options_that_vary_compile_to_full_graphs():
+    """Dynamo makes a symbol of an integer that has had two values."""
+    torch.compiler.reset()
+    z, y = predictions((3, 3, 3)), labels((3, 3), 3)
+    compiled = torch.compile(sparse_categorical_crossentropy, fullgraph=True, backend="eager")
+    for axis, ignore in ((0, 0), (1, 1), (-1, 2), (-2, -1), (2, None)):
+        got = compiled(y, z, True, ignore, axis)
+        want = sparse_categorical_crossentropy(y, z, True, ignore, axis)
+        torch.testing.assert_close(got, want)
 
 
 def test_no_shape_fits_both_orders_of_arguments_unless_there_is_one_class():

@@ -103,12 +103,23 @@ class TestOptions:
         ({"ignore_class": "void"}, TypeError, "ignore_class must be a number or None, got 'void'"),
         ({"ignore_class": 1j}, TypeError, "got 1j"),
         ({"from_logits": "False"}, TypeError, "from_logits must be True or False, got 'False'"),
-        ({"from_logits": LABELS}, TypeError, "options are given where the loss is made"),
+        ({"from_logits": LABELS}, TypeError, "options are given where"),
         ({"smoothing": 0.1}, TypeError, "smoothing"),
+        ({"name": 3}, TypeError, "name must be a string or None, got 3"),
+        ({"name": LABELS}, TypeError, "name must be a string or None, got a tensor: options are"),
     ])  # fmt: skip
     def test_wrong_options_are_refused_when_the_loss_is_made(self, options, error, message):
         with pytest.raises(error, match=message):
             SparseCategoricalCrossentropy(**options)
+
+    @pytest.mark.parametrize(("config", "error", "message"), [
+        (None, TypeError, "config must be a dict, as .* got None"),
+        ({"class_name": "Dense", "config": {}}, ValueError, "Sparse.*, got one of a Dense"),
+        ({"label_smoothing": 0.1}, ValueError, r"which has no options \['label_smoothing'\]"),
+    ])  # fmt: skip
+    def test_a_config_of_something_else_is_refused(self, config, error, message):
+        with pytest.raises(error, match=message):
+            SparseCategoricalCrossentropy.from_config(config)
 
     def test_a_reduction_set_later_is_checked_when_the_loss_is_called(self):
         loss = SparseCategoricalCrossentropy()
@@ -119,7 +130,7 @@ class TestOptions:
     def test_wrong_calls_are_refused_as_by_the_function(self):
         loss = SparseCategoricalCrossentropy(from_logits=True)
         for y_true, y_pred, error, message in (
-            (LOGITS, LABELS, ValueError, "labels come first here"),
+            (LOGITS, LABELS, ValueError, "labels come first in loss"),
             (torch.eye(4)[LABELS], LOGITS, ValueError, "one-hot"),
             ([1, 4], LOGITS, ValueError, "start at 1"),
             (["cat", "dog"], LOGITS, TypeError, "y_true must hold numbers"),

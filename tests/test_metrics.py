@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchmetrics
 
+import torch_sce
 from torch_sce import metrics
 from torch_sce.reduction import sample_means
 
@@ -131,18 +133,37 @@ class TestEveryMetric:
         y, p = batch(cls)
         weight = torch.rand(6)
         metric, other = cls(), cls()
-        step = torch.compile(lambda: metric.update(p, y, weight), fullgraph=True, backend="eager")
-        step()
-        other.update(p, y, weight)
-        torch.testing.assert_close(metric.compute(), other.compute())
+        step = torch.compile(metric.update_state, fullgraph=True, backend="eager")
+        for _ in range(12):
+            step(y, p, weight)
+            other.update_state(y, p, weight)
+        result = torch.compile(metric.result, fullgraph=True, backend="eager")
+        torch.testing.assert_close(result(), other.result())
+        assert torch.equal(metric.count, other.count)
+        torch.compile(metric.reset_state, fullgraph=True, backend="eager")()
+        assert metric.count == 0 and metric.result() == 0
 
-    def test_predictions_need_no_graph_and_get_none(self, cls):
+    def test_nothing_keeps_a_graph(self, cls):
         y, p = batch(cls)
-        if p.is_floating_point():
-            p.requires_grad_()
+        weight, mask = (torch.rand(6, requires_grad=True) for _ in range(2))
         metric = cls()
-        metric.update_state(y, p)
-        assert not metric.result().requires_grad
+        value = metric(p.requires_grad_() if p.is_floating_point() else p, y, weight, mask)
+        assert not value.requires_grad and not metric.result().requires_grad
+        torch.testing.assert_close(metric.count.float(), (weight * mask).sum().detach())
+        copy.deepcopy(metric)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+    def test_values_are_those_of_the_function_in_any_dtype(self, cls, dtype):
+        if cls.__name__.endswith("Crossentropy"):
+            y, p = torch.tensor([0, 1]), torch.eye(3)[[1, 1]].to(dtype)
+            labels = y if cls.__name__.startswith("Sparse") else torch.eye(3)[y]
+            function = getattr(torch_sce, cls().name)
+            metric = cls(dtype="float64")
+            metric.update_state(labels, p)
+            assert metric.result() == function(labels, p).double().mean()
+
+    def test_it_says_whether_more_is_better(self, cls):
+        assert cls().higher_is_better is not cls.__name__.endswith("Crossentropy")
 
 
 class TestMeans:
@@ -180,13 +201,11 @@ class TestMeans:
 
     @pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 2, 3), (2, 3, 1, 1)])
     def test_a_weight_of_another_shape_is_refused(self, shape):
-        rule = re.escape(
-            f"the first axes of the values, (2, 3), or 1 in the place of a size, got {shape}"
-        )
-        with pytest.raises(ValueError, match="sample_weight must have the shape of " + rule):
+        rule = re.escape(f"(2, 3) from the first axis, as (2,) does, got {shape}")
+        with pytest.raises(ValueError, match="sample_weight must broadcast to .* " + rule):
             sample_means(self.VALUES, torch.ones(shape))
         metric = metrics.SparseCategoricalCrossentropy()
-        with pytest.raises(ValueError, match="mask must have the shape of " + rule):
+        with pytest.raises(ValueError, match="mask must broadcast to .* " + rule):
             metric.update_state([[0, 0, 0]] * 2, torch.rand(2, 3, 4), mask=torch.ones(shape))
 
     def test_counts_are_exact_past_2_to_the_24(self):
@@ -195,6 +214,17 @@ class TestMeans:
         for _ in range(3):
             metric.update_state([1], [[1.0, 0.0]])
         assert metric.count == 2**24 + 3 and metric.total == 2**24
+
+
+def test_tensors_given_to_a_constructor_are_refused():
+    y, p = batch(metrics.SparseCategoricalAccuracy)
+    given: Any = (y, p)
+    with pytest.raises(TypeError, match=r"name must be .* tensors where it is called or updated"):
+        metrics.SparseCategoricalAccuracy(*given)
+    with pytest.raises(TypeError, match="k must be an integer"):
+        metrics.SparseTopKCategoricalAccuracy(*given)
+    with pytest.raises(TypeError, match="are labels and predictions exchanged"):
+        metrics.SparseCategoricalCrossentropy().update(y, p)
 
 
 class TestCollection:
@@ -249,6 +279,8 @@ for name in metrics.__all__:
     part.update_state(y_true[mine], y_pred[mine], w[mine])
     before = part.total.clone()
     torch.testing.assert_close(part.result(), whole.result())
+    with part.sync_context():
+        torch.testing.assert_close(part.count, whole.count)
     assert part.total == before, "a rank keeps its own part"
     assert 0 < whole.result(), name
 dist.destroy_process_group()

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from importlib import metadata, resources
 
+import pytest
+
 import torch_sce
 
 HEAVY = ("tensorflow", "keras", "tf_keras", "jax", "triton", "torchmetrics", "matplotlib", "rich")
@@ -21,6 +23,25 @@ assert not [m for m in sys.modules if m.startswith("torch_sce.crosscheck")]
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_metrics_are_imported_when_they_are_asked_for(there):
+    program = f"""
+import sys
+sys.modules.update({{}} if {there} else {{"torchmetrics": None}})
+import torch_sce
+assert "torch_sce.metrics" not in sys.modules
+try:
+    print(torch_sce.metrics.Accuracy())
+except ModuleNotFoundError as missing:
+    print(missing)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    missing = "torch_sce.metrics needs torchmetrics: pip install '.[metrics]'"
+    assert done.stdout.strip() == ("Accuracy()" if there else missing), done.stderr
+    with pytest.raises(AttributeError, match="module 'torch_sce' has no attribute 'nothing'"):
+        _ = torch_sce.nothing
 
 
 def test_the_version_is_the_installed_one():

@@ -10,6 +10,9 @@ are in `torch_sce.metrics`, which needs torchmetrics.
 0.913319
 """
 
+import importlib
+from typing import Any
+
 from .accuracy import (
     categorical_accuracy,
     sparse_categorical_accuracy,
@@ -30,3 +33,10 @@ __all__ = [
     "sparse_top_k_categorical_accuracy",
     "top_k_categorical_accuracy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`torch_sce.metrics`, when it is first asked for: not everybody has torchmetrics."""
+    if name == "metrics":
+        return importlib.import_module(".metrics", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from .functional import (
     to_tensor,
     values_can_be_read,
 )
-from .options import check_k
+from .options import check_flag, check_k
 
 
 def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
@@ -49,7 +49,7 @@ def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     """
     y_pred = to_tensor("y_pred", y_pred)
     y_true = to_tensor("y_true", y_true, y_pred)
-    labels = labels_for(y_true, y_pred, class_axis(-1, y_pred))
+    labels = labels_for(y_true, y_pred, class_axis(-1, y_pred), "CategoricalAccuracy")
     matches = _equal(labels, _largest(y_pred)).float().reshape(y_true.shape)
     return matches.squeeze(-1) if matches.ndim > 1 else matches
 
@@ -75,7 +75,7 @@ def categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     >>> categorical_accuracy([[0, 0, 1], [0, 1, 0]], [[0.1, 0.9, 0.8], [0.05, 0.95, 0]]).tolist()
     [0.0, 1.0]
     """
-    y_true, y_pred = _with_targets(y_true, y_pred)
+    y_true, y_pred = _with_targets(y_true, y_pred, "SparseCategoricalAccuracy")
     return (_largest(y_true) == _largest(y_pred)).float()
 
 
@@ -110,13 +110,13 @@ def sparse_top_k_categorical_accuracy(
     >>> sparse_top_k_categorical_accuracy([2, 3], y_pred, k=2).tolist()
     [1.0, 0.0]
     """
-    k = check_k(k)
+    k, from_sorted_ids = check_k(k), check_flag("from_sorted_ids", from_sorted_ids)
     y_pred = _batch(to_tensor("y_pred", y_pred))
     y_true = to_tensor("y_true", y_true, y_pred)
-    labels = labels_for(y_true, y_pred, class_axis(-1, y_pred))
+    labels = labels_for(y_true, y_pred, class_axis(-1, y_pred), "TopKCategoricalAccuracy")
     if from_sorted_ids:
         whole = labels if y_pred.is_floating_point() else class_numbers(labels)
-        matches = _equal(whole.unsqueeze(-1), y_pred[..., :k]).any(-1)
+        matches = _equal(whole.unsqueeze(-1), y_pred[..., :k]).any(-1) & labels.isfinite()
     else:
         matches = _in_top_k(class_numbers(labels), y_pred, k)
     return matches.float().reshape(y_true.shape)
@@ -146,7 +146,7 @@ def top_k_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike, k: int = 5)
     [0.0, 1.0]
     """
     k = check_k(k)
-    y_true, y_pred = _with_targets(y_true, y_pred)
+    y_true, y_pred = _with_targets(y_true, y_pred, "SparseTopKCategoricalAccuracy")
     return _in_top_k(_largest(y_true), _batch(y_pred), k).float()
 
 
@@ -167,10 +167,10 @@ def accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
     return _equal(y_true, y_pred).float()
 
 
-def _with_targets(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Tensor, Tensor]:
+def _with_targets(y_true: ArrayLike, y_pred: ArrayLike, sibling: str) -> tuple[Tensor, Tensor]:
     y_pred = to_tensor("y_pred", y_pred)
     y_true = to_tensor("y_true", y_true, y_pred)
-    check_targets(y_true, y_pred, class_axis(-1, y_pred))
+    check_targets(y_true, y_pred, class_axis(-1, y_pred), sibling)
     return y_true, y_pred
 
 

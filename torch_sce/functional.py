@@ -136,7 +136,10 @@ def floats(y_pred: ArrayLike) -> Tensor:
     if listed:  # Python numbers have no precision to keep
         y_pred = y_pred.float()
     if y_pred.dtype not in CLIP:
-        raise TypeError(f"y_pred must be float16, bfloat16, float32 or float64, got {y_pred.dtype}")
+        raise TypeError(
+            f"y_pred must be float16, bfloat16, float32 or float64, got {y_pred.dtype}: "
+            "are labels and predictions exchanged?"
+        )
     return y_pred
 
 
@@ -217,10 +220,13 @@ def class_axis(axis: int, y_pred: Tensor) -> int:
     return axis
 
 
-def labels_for(y_true: Tensor, y_pred: Tensor, axis: int) -> Tensor:
+def labels_for(
+    y_true: Tensor, y_pred: Tensor, axis: int, sibling: str = "CategoricalCrossentropy"
+) -> Tensor:
     """`y_true` in the shape of the losses: `y_pred`'s without its class axis.
 
-    An axis of size 1 may stand where the classes are, and another one last of all.
+    An axis of size 1 may stand where the classes are, and another one last of all. `sibling` is
+    what takes one-hot labels.
     """
     shape = (*y_pred.shape[:axis], *y_pred.shape[axis + 1 :])
     labels = y_true
@@ -233,10 +239,11 @@ def labels_for(y_true: Tensor, y_pred: Tensor, axis: int) -> Tensor:
             labels = labels.squeeze(-1)
     if labels.shape == shape:
         return labels
-    raise ValueError(_shape_message(tuple(y_true.shape), tuple(y_pred.shape), axis, shape))
+    given = (tuple(y_true.shape), tuple(y_pred.shape))
+    raise ValueError(_shape_message(*given, axis, shape, sibling))
 
 
-def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple) -> str:
+def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple, sibling: str) -> str:
     rule = (
         f"y_true must have the shape of y_pred without its class axis, {wanted}, got {y_true} "
         f"(y_pred has the shape {y_pred} and its class axis is {axis})"
@@ -245,17 +252,27 @@ def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple) -> st
     for swapped in {min(axis, len(y_true) - 1), len(y_true) - 1} if y_true else ():
         if (*y_true[:swapped], *y_true[swapped + 1 :]) in (y_pred, without_one):
             return (
-                f"{rule}. These shapes fit in PyTorch's order of arguments, but labels come first "
-                f"here: call loss(y_true, y_pred), or loss.as_criterion()(input, target). "
-                f"A metric has update_state(y_true, y_pred) and update(preds, target)."
+                f"{rule}. These shapes fit if labels and predictions are exchanged: labels come "
+                "first in loss(y_true, y_pred) and metric.update_state(y_true, y_pred), as in "
+                "Keras; predictions come first in loss.as_criterion()(input, target), "
+                "metric.update(preds, target) and metric(preds, target)."
             )
     if y_true == y_pred and len(y_pred) == 1:
         return f"{rule}. For labels (B,) y_pred must be (B, C): its class axis seems to be missing."
     if y_true == y_pred:
         return (
-            f"{rule}. If y_true is one-hot, use CategoricalCrossentropy, or pass the class "
-            f"numbers: y_true.argmax({axis})."
+            f"{rule}. If y_true is one-hot, use {sibling}, or pass the class numbers: "
+            f"y_true.argmax({axis})."
         )
+    for other in range(len(y_pred)):
+        if y_true in (
+            y_pred[:other] + y_pred[other + 1 :],
+            (*y_pred[:other], 1, *y_pred[other + 1 :]),
+        ):
+            return (
+                f"{rule}. If the classes are on axis {other}, pass axis={other}, or to an accuracy "
+                f"y_pred.movedim({other}, -1)."
+            )
     return f"{rule}."
 
 
@@ -273,15 +290,20 @@ def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     return matched(y_true, y_pred), matched(y_pred, y_true)
 
 
-def check_targets(y_true: Tensor, y_pred: Tensor, axis: int) -> None:
+def check_targets(
+    y_true: Tensor, y_pred: Tensor, axis: int, sibling: str = "SparseCategoricalCrossentropy"
+) -> None:
+    """Raises unless there is a target for every class. `sibling` is what takes class numbers."""
     if y_true.shape == y_pred.shape:
         return
     given, wanted = tuple(y_true.shape), tuple(y_pred.shape)
     rule = f"y_true must have y_pred's shape, {wanted}, a target for every class, got {given}"
     if given in ((*wanted[:axis], *wanted[axis + 1 :]), (*wanted[:axis], 1, *wanted[axis + 1 :])):
+        numbers_ = "y_true" if len(given) < len(wanted) else f"y_true.squeeze({axis})"
+        moved = "" if axis == len(wanted) - 1 else f".movedim(-1, {axis})"
         rule += (
-            ". If y_true holds class numbers, use SparseCategoricalCrossentropy, or pass "
-            f"torch.nn.functional.one_hot(y_true, {wanted[axis]})"
+            f". If y_true holds class numbers, use {sibling}, or pass "
+            f"torch.nn.functional.one_hot({numbers_}, {wanted[axis]}){moved}"
         )
     raise ValueError(rule)
 
@@ -295,11 +317,14 @@ def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
         return None
     if labels.is_floating_point():
         return labels.to(float64_on(labels.device)) != float(ignore_class)
-    value = float(ignore_class)
-    whole = math.isfinite(value) and value == int(value) and abs(value) < 2**63
-    if not whole:
+    if not isinstance(ignore_class, int):
+        value = float(ignore_class)
+        if not (math.isfinite(value) and value == int(value)):
+            return torch.ones_like(labels, dtype=torch.bool)
+        ignore_class = int(value)
+    if not -(2**63) <= ignore_class < 2**63:
         return torch.ones_like(labels, dtype=torch.bool)
-    return class_numbers(labels) != int(ignore_class)
+    return class_numbers(labels) != ignore_class
 
 
 def class_numbers(labels: Tensor) -> Tensor:

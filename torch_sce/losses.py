@@ -12,6 +12,7 @@ from .options import (
     check_dtype,
     check_flag,
     check_ignore_class,
+    check_name,
     check_smoothing,
     options_in,
     shown_options,
@@ -69,7 +70,7 @@ class SparseCategoricalCrossentropy(nn.Module):
         self.ignore_class = check_ignore_class(ignore_class)
         self.reduction = check_reduction(reduction)
         self.axis = check_axis(axis)
-        self.name = name or "sparse_categorical_crossentropy"
+        self.name = check_name(name, "sparse_categorical_crossentropy")
         self.dtype = check_dtype(dtype)
 
     def forward(
@@ -153,7 +154,7 @@ class SparseCategoricalCrossentropy(nn.Module):
         >>> SparseCategoricalCrossentropy.from_config(keras_config)
         SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
         """
-        return cls(**options_in(config, cls.__name__))
+        return cls(**options_in(config, cls))
 
     def extra_repr(self) -> str:
         shown = ("from_logits", "ignore_class", "reduction", "axis", "name", "dtype")
@@ -205,7 +206,7 @@ class CategoricalCrossentropy(nn.Module):
         self.label_smoothing = check_smoothing(label_smoothing)
         self.axis = check_axis(axis)
         self.reduction = check_reduction(reduction)
-        self.name = name or "categorical_crossentropy"
+        self.name = check_name(name, "categorical_crossentropy")
         self.dtype = check_dtype(dtype)
 
     def forward(
@@ -283,7 +284,7 @@ class CategoricalCrossentropy(nn.Module):
         >>> CategoricalCrossentropy.from_config({"name": "cce", "label_smoothing": 0.2})
         CategoricalCrossentropy(from_logits=False, label_smoothing=0.2, name='cce')
         """
-        return cls(**options_in(config, cls.__name__))
+        return cls(**options_in(config, cls))
 
     def extra_repr(self) -> str:
         shown = ("from_logits", "label_smoothing", "reduction", "axis", "name", "dtype")

@@ -1,6 +1,6 @@
 """The metrics that stand beside the losses in Keras's `compile`, on torchmetrics' `Metric`.
 
-Needs torchmetrics: `pip install 'torch-sce[metrics]'`.
+Needs torchmetrics: `pip install '.[metrics]'`, or `pip install torchmetrics`.
 
 Each metric has the calls of both libraries, and each call the order of arguments of its own:
 
@@ -23,7 +23,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as missing:
+    if missing.name != "torchmetrics":
+        raise
+    message = "torch_sce.metrics needs torchmetrics: pip install '.[metrics]'"
+    raise ModuleNotFoundError(message, name=missing.name) from missing
 
 from . import accuracy, functional
 from .functional import ArrayLike
@@ -33,6 +40,7 @@ from .options import (
     check_flag,
     check_ignore_class,
     check_k,
+    check_name,
     check_smoothing,
     options_in,
     shown_options,
@@ -60,14 +68,27 @@ class _Mean(Metric):
     def __init__(self, name: str | None, dtype: Any, options: dict[str, Any], **kwargs: Any):
         super().__init__(**kwargs)
         self.options = options
-        self.name = name or _snake_case(type(self).__name__)
+        self.name = check_name(name, _snake_case(type(self).__name__))
         self.result_dtype = check_dtype(dtype)
         # A MetricCollection takes metrics for one if their states have the same names and, after
-        # the first batch, the same values: top-1 and top-5 must not.
+        # the first batch, the same values: top-1 and top-5 must not. So a checkpoint is one of
+        # these options, too.
         about = re.sub(r"\W", "_", "_".join(map(str, [type(self).__name__, *options.values()])))
         self._names = (f"total_{about}", f"count_{about}")
         for state in self._names:
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def _update_count(self) -> int:
+        """torchmetrics' number of updates; compiled code knows only whether there were any.
+
+        It would be compiled again for every number.
+        """
+        return self._updates
+
+    @_update_count.setter
+    def _update_count(self, value: int) -> None:
+        self._updates = min(value, 1) if torch.compiler.is_compiling() else value
 
     @property
     def total(self) -> Tensor:
@@ -87,17 +108,18 @@ class _Mean(Metric):
         mask: ArrayLike | None = None,
     ) -> None:
         """Adds a batch: `update_state` with predictions first, as torchmetrics has it."""
-        preds = functional.to_tensor("y_pred", preds)
-        if sample_weight is not None:
-            sample_weight = functional.to_tensor("sample_weight", sample_weight, preds)
-        if mask is not None:
-            mask = functional.to_tensor("mask", mask, preds)
-        values, counted = self._values(target, preds, mask)
-        if sample_weight is None and mask is None:
-            counted = None
-        total, count = sample_means(values.detach(), sample_weight, mask, counted)
-        setattr(self, self._names[0], self.total + total)
-        setattr(self, self._names[1], self.count + count)
+        with torch.no_grad():
+            preds = functional.to_tensor("y_pred", preds)
+            if sample_weight is not None:
+                sample_weight = functional.to_tensor("sample_weight", sample_weight, preds)
+            if mask is not None:
+                mask = functional.to_tensor("mask", mask, preds)
+            values, counted = self._values(target, preds, mask)
+            if sample_weight is None and mask is None:
+                counted = None
+            total, count = sample_means(values, sample_weight, mask, counted)
+            setattr(self, self._names[0], self.total + total)
+            setattr(self, self._names[1], self.count + count)
 
     def compute(self) -> Tensor:
         """total / count, in the metric's dtype; 0 where the count is 0."""
@@ -129,6 +151,8 @@ class _Mean(Metric):
 
     def result(self) -> Tensor:
         """The mean over all samples since the last reset; 0 before the first."""
+        if self.update_called or torch.compiler.is_compiling():
+            return self.compute()
         with warnings.catch_warnings():
             # Keras has nothing to say of a metric that is asked before its first update.
             warnings.filterwarnings("ignore", r"The ``compute`` method of metric")
@@ -146,7 +170,7 @@ class _Mean(Metric):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """A metric with these options: our own `get_config()`, or that of a Keras metric."""
-        return cls(**options_in(config, cls.__name__))
+        return cls(**options_in(config, cls))
 
     def extra_repr(self) -> str:
         default = type(self).from_config({}).get_config()
@@ -306,7 +330,8 @@ class SparseCategoricalCrossentropy(_Mean):
     def _values(self, y_true, y_pred, mask):
         y_pred = functional.floats(y_pred)
         axis = functional.class_axis(self.options["axis"], y_pred)
-        labels = functional.labels_for(functional.to_tensor("y_true", y_true, y_pred), y_pred, axis)
+        y_true = functional.to_tensor("y_true", y_true, y_pred)
+        labels = functional.labels_for(y_true, y_pred, axis)
         counted = kept = functional.not_ignored(labels, self.options["ignore_class"])
         if mask is not None:
             shown = over_leading_axes("mask", mask, labels.shape).bool().expand(labels.shape)
@@ -350,12 +375,8 @@ class CategoricalCrossentropy(_Mean):
         axis = functional.class_axis(self.options["axis"], y_pred)
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         functional.check_targets(y_true, y_pred, axis)
-        shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
-        counted = None
-        if mask is not None:
-            counted = over_leading_axes("mask", mask, shape).bool().expand(shape)
         options = self.options | {"axis": axis, "dtype": y_pred.dtype}
-        return functional.sample_losses_of_targets(y_true, y_pred, counted, **options), None
+        return functional.sample_losses_of_targets(y_true, y_pred, None, **options), None
 
 
 def _snake_case(name: str) -> str:

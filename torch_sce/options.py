@@ -1,7 +1,9 @@
 """What options may be, and how they go into configs and out of them."""
 
+import inspect
 import numbers
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ def check_flag(name: str, value: Any) -> bool:
         return bool(value)
     kind = "a tensor" if isinstance(value, Tensor) else repr(value)
     raise TypeError(
-        f"{name} must be True or False, got {kind}: options are given where the loss is made, "
-        "as in SparseCategoricalCrossentropy(from_logits=True), and tensors where it is called"
+        f"{name} must be True or False, got {kind}: options are given where a loss or metric is "
+        f"made, {name}=True, and tensors where it is called"
     )
 
 
 def check_axis(axis: Any) -> int:
+    if isinstance(axis, int) and not isinstance(axis, bool):  # the compiler's, too
+        return axis
     if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"axis must be an integer, got {axis!r}")
     return operator.index(axis)
@@ -39,19 +43,31 @@ def check_ignore_class(ignore_class: Any) -> Any:
 def check_smoothing(label_smoothing: Any) -> float:
     if label_smoothing is None:
         return 0.0
-    if not isinstance(label_smoothing, numbers.Real):
-        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
+        raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     if not 0 <= float(label_smoothing) <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     return float(label_smoothing)
 
 
 def check_k(k: Any) -> int:
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise TypeError(f"k must be an integer, got {k!r}")
-    if operator.index(k) < 1:
+    if not isinstance(k, int) or isinstance(k, bool):
+        if isinstance(k, bool | Tensor) or not hasattr(k, "__index__"):
+            raise TypeError(f"k must be an integer, got {k!r}")
+        k = operator.index(k)
+    if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    return operator.index(k)
+    return k
+
+
+def check_name(name: Any, default: str) -> str:
+    if name is not None and not isinstance(name, str):
+        kind = "a tensor" if isinstance(name, Tensor) else repr(name)
+        raise TypeError(
+            f"name must be a string or None, got {kind}: options are given where a loss or metric "
+            "is made, tensors where it is called or updated"
+        )
+    return name or default
 
 
 def check_dtype(dtype: Any) -> torch.dtype:
@@ -71,12 +87,19 @@ def check_dtype(dtype: Any) -> torch.dtype:
     raise error(f"dtype must be None or one of {names}, got {dtype!r}")
 
 
-def options_in(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The options in a config of ours or of Keras, for the class of that name."""
+def options_in(config: Any, cls: type) -> dict[str, Any]:
+    """The options in a config of ours or of Keras, for this class."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a dict, as get_config() returns it, got {config!r}")
+    name = cls.__name__
     if config.get("class_name", name) != name:
         raise ValueError(f"config must be that of a {name}, got one of a {config['class_name']}")
-    config = config.get("config", config)
-    return {key: value for key, value in config.items() if key != "fn"}  # "fn": Keras 2
+    options = {**config.get("config", config)}
+    options.pop("fn", None)  # Keras 2
+    unknown = [key for key in options if key not in inspect.signature(cls).parameters]
+    if unknown:
+        raise ValueError(f"config must be that of a {name}, which has no options {unknown}")
+    return options
 
 
 def shown_options(

@@ -128,8 +128,8 @@ def _leading(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     pairs = zip(value.shape, shape, strict=False)
     if value.ndim > len(shape) or not all(have in (1, want) for have, want in pairs):
         raise ValueError(
-            f"{name} must have the shape of the first axes of the values, {tuple(shape)}, or 1 in "
-            f"the place of a size, got {given}"
+            f"{name} must broadcast to the values' shape {tuple(shape)} from the first axis, as "
+            f"{tuple(shape[:1])} does, got {given}"
         )
     return value
 

@@ -169,7 +169,7 @@ DIFFERENCES = (
     ),
     Difference(
         "rounded labels",
-        "labels that the loss's dtype cannot hold",
+        "labels that the loss's dtype cannot hold, or those of an accuracy the predictions' dtype",
         "rounded: under float16, 2049 becomes 2048; under float32, 1.999999999 becomes 2",
         "never rounded; labels stay integers, `ignore_class` is compared exactly",
         None,
@@ -185,7 +185,7 @@ DIFFERENCES = (
     ),
     Difference(
         "half-precision function",
-        "the crossentropy functions of half-precision predictions",
+        "the crossentropy functions, and metrics, of half-precision predictions",
         "computed and returned in that dtype",
         "computed and returned in float32",
         False,
@@ -227,7 +227,7 @@ DIFFERENCES = (
         "mask with company",
         "a mask together with `ignore_class` or `sample_weight`; of a metric, also these two",
         "matched to each other before the losses: raises for an integer mask or `(B, T, 1)` on "
-        "`(B, T)`, or enlarges the result",
+        "`(B, T)`, or enlarges the result, or weights the wrong axis",
         "each is matched to the losses' shape; a sample counts if both say so",
         None,
         _mask_meets_others,
@@ -282,9 +282,9 @@ DIFFERENCES = (
     ),
     Difference(
         "smoothing out of range",
-        "`label_smoothing` outside [0, 1]",
-        "accepted: targets become negative",
-        "`ValueError`",
+        "`label_smoothing` outside [0, 1], or True",
+        "accepted: targets become negative, or all equal",
+        "`ValueError`, `TypeError`",
         False,
         lambda case, keras, ours, refused: refused == "label_smoothing",
     ),

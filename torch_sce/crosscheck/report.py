@@ -118,6 +118,8 @@ def print_tables(console: Console, results: Results) -> None:
         table.add_column(column, justify="right" if column == "cases" else "left", overflow="fold")
     for difference in DIFFERENCES:
         count = results.deliberate[difference.name]
+        if count == 0:
+            continue
         texts = (difference.where, difference.keras, difference.here)
         table.add_row(*map(escape, texts), str(count))
     if "bad labels on a device" in results.deliberate:

@@ -256,9 +256,12 @@ def keras_on_torch(case: Case, device: str) -> Loss | None:
     os.environ.update(KERAS_BACKEND="torch", KERAS_TORCH_DEVICE=device)
     import keras
 
-    losses: Any = keras.losses
     if keras.backend.backend() != "torch":
         raise ImportError(f"Keras runs on {keras.backend.backend()} in this process")
+    return keras_loss(keras.losses, case)
+
+
+def keras_loss(losses: Any, case: Case) -> Any:
     made = losses.CategoricalCrossentropy if case.soft else losses.SparseCategoricalCrossentropy
     return made(from_logits=case.kind == LOGITS)
 
@@ -520,9 +523,7 @@ def tf_keras_worker() -> None:
     def timed(shape: list[int], kind: str, soft: bool) -> tuple[dict[str, list[float]], float]:
         case = Case(tuple(shape), kind, soft=soft)
         y_true, y_pred = tf.constant(labels(case).numpy()), tf.constant(predictions(case).numpy())
-        losses = tf.keras.losses
-        made = losses.CategoricalCrossentropy if soft else losses.SparseCategoricalCrossentropy
-        loss = made(from_logits=kind == LOGITS)
+        loss = keras_loss(tf.keras.losses, case)
 
         def forward() -> tuple[Any, Any]:
             with tf.GradientTape() as tape:

@@ -371,12 +371,7 @@ class CategoricalCrossentropy(_Mean):
         super().__init__(name, dtype, options, **kwargs)
 
     def _values(self, y_true, y_pred, mask):
-        y_pred = functional.floats(y_pred)
-        axis = functional.class_axis(self.options["axis"], y_pred)
-        y_true = functional.to_tensor("y_true", y_true, y_pred)
-        functional.check_targets(y_true, y_pred, axis)
-        options = self.options | {"axis": axis, "dtype": y_pred.dtype}
-        return functional.sample_losses_of_targets(y_true, y_pred, None, **options), None
+        return functional.categorical_crossentropy(y_true, y_pred, **self.options), None
 
 
 def _snake_case(name: str) -> str:

@@ -25,11 +25,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_axis(axis: Any) -> int:
-    if isinstance(axis, int) and not isinstance(axis, bool):  # the compiler's, too
-        return axis
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(f"axis must be an integer, got {axis!r}")
-    return operator.index(axis)
+    return _integer("axis", axis)
 
 
 def check_ignore_class(ignore_class: Any) -> Any:
@@ -51,13 +47,20 @@ def check_smoothing(label_smoothing: Any) -> float:
 
 
 def check_k(k: Any) -> int:
-    if not isinstance(k, int) or isinstance(k, bool):
-        if isinstance(k, bool | Tensor) or not hasattr(k, "__index__"):
-            raise TypeError(f"k must be an integer, got {k!r}")
-        k = operator.index(k)
+    if isinstance(k, Tensor):
+        raise TypeError(f"k must be an integer, got {k!r}")
+    k = _integer("k", k)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     return k
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):  # the compiler's, too
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return operator.index(value)
 
 
 def check_name(name: Any, default: str) -> str:

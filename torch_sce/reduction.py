@@ -98,7 +98,7 @@ def sample_means(
     for mask in masks:
         if mask is not None:
             factors.append(_leading("mask", mask, values.shape))
-            values = values.masked_fill(over_leading_axes("mask", mask, values.shape) == 0, 0)
+            values = values.masked_fill(_with_rank(factors[-1], values.ndim) == 0, 0)
     if not factors:
         return _sample_means(values).sum(), len(values) if values.ndim else 1
     rank = max(factor.ndim for factor in factors)

@@ -118,6 +118,25 @@ def pick(rng: np.random.Generator, odds: Mapping[Any, float]) -> Any:
     return list(odds)[rng.choice(len(odds), p=weights / weights.sum())]
 
 
+def pick_weights(
+    rng: np.random.Generator, shape: tuple[int, ...], odds: Mapping[str, float]
+) -> tuple[str, np.ndarray]:
+    """A kind of weights with these odds, and such weights."""
+    kind = pick(rng, odds)
+    weight = rng.integers(1, 13, shape) / 4
+    if kind == "arbitrary":
+        weight = rng.uniform(0.1, 3, shape)
+    elif kind == "with zeros":
+        weight = weight * (rng.random(shape) < 0.6)
+    elif kind == "signed":
+        weight = weight * rng.choice([-1, 1], shape)
+    elif kind == "all zero":
+        weight = weight * 0
+    elif kind == "nan":
+        weight = np.where(rng.random(shape) < 0.3, np.nan, weight)
+    return kind, np.asarray(weight)
+
+
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """float32 values rounded to the nearest bfloat16, ties to even, as float32."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import LOSSES, Batch, Case, pick, to_bfloat16
+from .cases import LOSSES, Batch, Case, pick, pick_weights, to_bfloat16
 from .draw_metrics import draw_metric
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
@@ -319,29 +319,16 @@ def _weights(rng, features, loss_shape) -> Any:
         features["sample_weight"] = "none"
         return None
     kind, shape = _weight_shape(rng, loss_shape)
-    values = pick(
-        rng,
-        {"positive": 5, "arbitrary": 5, "with zeros": 4, "signed": 2, "all zero": 1, "nan": 0.5},
-    )
-    weight = rng.integers(1, 13, shape) / 4
-    if values == "arbitrary":
-        weight = rng.uniform(0.1, 3, shape)
-    elif values == "with zeros":
-        weight = weight * (rng.random(shape) < 0.6)
-    elif values == "signed":
-        weight = weight * rng.choice([-1, 1], shape)
-    elif values == "all zero":
-        weight = weight * 0
-    elif values == "nan":
-        weight = np.where(rng.random(shape) < 0.3, np.nan, weight)
+    odds = {"positive": 5, "arbitrary": 5, "with zeros": 4, "signed": 2, "all zero": 1, "nan": 0.5}
+    values, weight = pick_weights(rng, shape, odds)
     features["sample_weight"] = kind
     features["values of sample_weight"] = values
     container = pick(rng, {"float32": 10, "float64": 2, "int32": 1, "bool": 1, "list": 2})
     if container == "list":
-        return np.asarray(weight).tolist()
+        return weight.tolist()
     if container in ("int32", "bool") and values == "nan":
         container = "float32"
-    return np.asarray(weight).astype(container)
+    return weight.astype(container)
 
 
 def _mask(rng, features, loss_shape) -> np.ndarray | None:

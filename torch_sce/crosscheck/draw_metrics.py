@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import LOSSES, Batch, Case, pick, to_bfloat16
+from .cases import LOSSES, Batch, Case, pick, pick_weights, to_bfloat16
 
 METRICS: dict[str, float] = {
     "SparseCategoricalAccuracy": 3,
@@ -189,17 +189,11 @@ def _weight(rng, features, shape) -> Any:
         features["sample_weight"] = "none"
         return None
     kind, weight_shape = _weight_shape(rng, shape)
-    values = pick(rng, {"positive": 6, "arbitrary": 5, "with zeros": 3, "all zero": 0.7})
-    weight = rng.integers(1, 13, weight_shape) / 4
-    if values == "arbitrary":
-        weight = rng.uniform(0.1, 3, weight_shape)
-    elif values == "with zeros":
-        weight = weight * (rng.random(weight_shape) < 0.6)
-    elif values == "all zero":
-        weight = weight * 0
+    odds = {"positive": 6, "arbitrary": 5, "with zeros": 3, "all zero": 0.7}
+    values, weight = pick_weights(rng, weight_shape, odds)
     features["sample_weight"] = kind
     features["values of sample_weight"] = values
-    return np.asarray(weight).astype(pick(rng, {"float32": 6, "float64": 1, "int32": 1}))
+    return weight.astype(pick(rng, {"float32": 6, "float64": 1, "int32": 1}))
 
 
 def _mask(rng, features, shape) -> np.ndarray | None:

@@ -61,24 +61,23 @@ MUTATIONS = {
         ("kernels/cpu.py", "e.div_(s).sub_(1).mul_(g)", "e.div_(s).mul_(g).sub_(1)")],
     "mean over B, not B * T": [
         ("reduction.py", "return losses.mean()", "return losses.mean(0).sum()"),
-        ("reduction.py", "return total / max(losses.numel(), 1)",
-         "return total / max(len(losses) if losses.ndim else 1, 1)")],
+        ("reduction.py", "return values, max(losses.numel(), 1)",
+         "return values, max(len(losses) if losses.ndim else 1, 1)")],
     "weights in the denominator of the plain mean": [
         ("reduction.py", 'if reduction == "mean_with_sample_weight" and factor is not None:',
          'if reduction != "sum" and factor is not None:')],
     "masked mean over all": [
-        ("reduction.py", "count = mask.to(losses.dtype).sum() * share",
-         "count = torch.ones_like(mask, dtype=losses.dtype).sum() * share")],
+        ("reduction.py", "return values, mask.to(losses.dtype).sum() * share",
+         "return values, torch.ones_like(mask, dtype=losses.dtype).sum() * share")],
     "ignored samples counted": [
         ("losses.py", "reduce(losses, weight, mask,", "reduce(losses, weight, None,")],
     "half a mask counted whole": [
-        ("reduction.py", "count = mask.to(losses.dtype)", "count = mask.bool().to(losses.dtype)")],
+        ("reduction.py", "values, mask.to(losses.dtype)", "values, mask.bool().to(losses.dtype)")],
     "mean_with_sample_weight without the mask": [
-        ("reduction.py", "_ratio(total, factor.sum())",
-         "_ratio(total, (factor if sample_weight is None else sample_weight).sum())")],
+        ("reduction.py", "else factor.sum()",
+         "else (factor if sample_weight is None else sample_weight).sum()")],
     "a scalar weight divided as often as it counts": [
-        ("reduction.py", "_ratio(total, factor.sum())",
-         "_ratio(total, factor.expand(losses.shape).sum())")],
+        ("reduction.py", "else factor.sum()", "else factor.expand(losses.shape).sum()")],
     "division by zero": [
         ("reduction.py", "return torch.where(is_zero, 0, total / torch.where(is_zero, 1, divisor))",
          "return total / divisor"),
@@ -86,7 +85,8 @@ MUTATIONS = {
          "return total / count")],
     "auto is the sum": [
         ("reduction.py", 'MEANS and losses', '("mean", "sum_over_batch_size") and losses'),
-        ("reduction.py", 'if reduction == "sum":', 'if reduction in ("sum", "auto"):')],
+        ("reduction.py", 'if reduction in ("sum", "none", None):',
+         'if reduction in ("sum", "auto", "none", None):')],
     "weights along the wrong axis": [
         ("reduction.py", "elif value.ndim == rank - 1 and value.ndim > 0 and shape[-1] == 1:",
          "elif value.ndim == rank - 1 and value.ndim > 0:")],

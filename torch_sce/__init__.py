@@ -19,6 +19,7 @@ from .accuracy import (
     sparse_top_k_categorical_accuracy,
     top_k_categorical_accuracy,
 )
+from .explain import explain
 from .functional import categorical_crossentropy, sparse_categorical_crossentropy
 from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
@@ -28,6 +29,7 @@ __all__ = [
     "SparseCategoricalCrossentropy",
     "categorical_accuracy",
     "categorical_crossentropy",
+    "explain",
     "sparse_categorical_accuracy",
     "sparse_categorical_crossentropy",
     "sparse_top_k_categorical_accuracy",

@@ -102,6 +102,13 @@ class SparseCategoricalCrossentropy(nn.Module):
                 `torch.compile` such a label gives NaN in its own loss and gradient.
             TypeError: strings, complex numbers.
         """
+        parts = self._losses(y_true, y_pred, sample_weight, mask)
+        return _reduced(*parts, self.reduction, self.dtype)
+
+    def _losses(
+        self, y_true: ArrayLike, y_pred: ArrayLike, sample_weight: Any, mask: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The samples' losses, 0 where one does not count, their weights and their mask."""
         y_pred = _cast(functional.to_tensor("y_pred", y_pred), self.dtype)
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         axis = functional.class_axis(self.axis, y_pred)
@@ -113,7 +120,7 @@ class SparseCategoricalCrossentropy(nn.Module):
         losses = functional.sample_losses(
             labels, y_pred, counted, self.from_logits, axis, self.dtype
         )
-        return _reduced(losses, weight, mask, self.reduction, self.dtype)
+        return losses, weight, mask
 
     def as_criterion(self) -> nn.Module:
         """This loss as a module called with predictions first: `criterion(input, target)`.
@@ -237,6 +244,13 @@ class CategoricalCrossentropy(nn.Module):
                 loss), an axis out of range.
             TypeError: strings, complex numbers.
         """
+        parts = self._losses(y_true, y_pred, sample_weight, mask)
+        return _reduced(*parts, self.reduction, self.dtype)
+
+    def _losses(
+        self, y_true: ArrayLike, y_pred: ArrayLike, sample_weight: Any, mask: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The samples' losses, 0 where one does not count, their weights and their mask."""
         y_pred = _cast(functional.to_tensor("y_pred", y_pred), self.dtype)
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         y_true, y_pred = functional.match_ranks(y_true, y_pred)
@@ -249,7 +263,7 @@ class CategoricalCrossentropy(nn.Module):
         losses = functional.sample_losses_of_targets(
             y_true, y_pred, counted, self.from_logits, self.label_smoothing, axis, self.dtype
         )
-        return _reduced(losses, weight, mask, self.reduction, self.dtype)
+        return losses, weight, mask
 
     def as_criterion(self) -> nn.Module:
         """This loss as a module called with predictions first: `criterion(input, target)`.

@@ -42,24 +42,35 @@ def reduce(
     `sample_weight` and `mask` have been through `align`; a result "none" has the losses' shape.
     """
     check_reduction(reduction)
-    factor = _factor(losses, sample_weight, mask, reduction)
-    if factor is None and reduction in MEANS and losses.numel() > 0:
+    if sample_weight is None and mask is None and reduction in MEANS and losses.numel() > 0:
         return losses.mean()
-    values = losses if factor is None else losses * factor
+    values, count = fraction(losses, sample_weight, mask, reduction)
     if reduction in ("none", None):
         return values
     total = values.sum()
-    if reduction == "mean_with_sample_weight" and factor is not None:
-        return total if _is_scalar(losses, sample_weight, mask) else _ratio(total, factor.sum())
-    if reduction == "sum":
-        return total
-    if mask is None or reduction == "mean_with_sample_weight":
-        return total / max(losses.numel(), 1)
-    # Each entry of the mask stands for as many samples as it is broadcast to.
-    share = losses.numel() / max(mask.numel(), 1)
-    count = mask.to(losses.dtype).sum() * share
+    if not isinstance(count, Tensor):
+        return total if count is None else total / count
+    if reduction == "mean_with_sample_weight":
+        return _ratio(total, count)
     # Where nothing counts, a NaN weight still shows, as it does in Keras.
     return torch.where(count == 0, total * 0, _ratio(total, count))
+
+
+def fraction(
+    losses: Tensor, sample_weight: Tensor | None, mask: Tensor | None, reduction: str | None
+) -> tuple[Tensor, Tensor | int | None]:
+    """What is added up, each loss times its weight, and what the sum is divided by, if at all."""
+    factor = _factor(losses, sample_weight, mask, reduction)
+    values = losses if factor is None else losses * factor
+    if reduction in ("sum", "none", None):
+        return values, None
+    if reduction == "mean_with_sample_weight" and factor is not None:
+        return values, None if _is_scalar(losses, sample_weight, mask) else factor.sum()
+    if mask is None or reduction == "mean_with_sample_weight":
+        return values, max(losses.numel(), 1)
+    # Each entry of the mask stands for as many samples as it is broadcast to.
+    share = losses.numel() / max(mask.numel(), 1)
+    return values, mask.to(losses.dtype).sum() * share
 
 
 def sample_means(

@@ -1,0 +1,362 @@
+"""`explain`: its parts add up, it finds each planted mistake, and is silent on ordinary data."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import torch_sce
+from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy, explain
+from torch_sce.crosscheck.answers import _tensor, _tensors
+from torch_sce.crosscheck.draw import draw
+
+rng = np.random.default_rng(0)
+LOGITS = torch.tensor(rng.standard_normal((64, 10)), dtype=torch.float32)
+LABELS = torch.tensor(rng.integers(0, 10, 64))
+PROBABILITIES = LOGITS.softmax(-1)
+SEQUENCES = torch.tensor(rng.standard_normal((4, 20, 20)), dtype=torch.float32)
+
+
+def logits_loss(**options):
+    return SparseCategoricalCrossentropy(from_logits=True, **options)
+
+
+def wrong(explanation):
+    return [finding.name for finding in explanation.findings if finding.is_wrong]
+
+
+def cases(count):
+    """Calls of the losses from the cross-check: all options, odd shapes and values, bad ones."""
+    for index in range(count):
+        case = draw(11, index)
+        if case.is_loss and case.form == "class" and not case.as_lists:
+            yield case
+
+
+def test_the_parts_add_up_to_the_loss_s_own_value():
+    compared = raised = 0
+    for case in cases(1000):
+        try:
+            loss = getattr(torch_sce, case.name)(**case.options)
+        except (ValueError, TypeError):
+            continue
+        y_true, y_pred = _tensors(case.batch, "cpu")
+        mask = None if case.mask is None else _tensor(case.mask, "cpu")
+        arguments = (y_true, y_pred, case.sample_weight, mask)
+        found = explain(loss, *arguments)
+        assert str(found) and found._repr_html_()
+        try:
+            value = loss(*arguments)
+        except (ValueError, TypeError) as error:
+            assert found.error == f"{type(error).__name__}: {error}" and found.value is None
+            raised += 1
+            continue
+        assert found.error == "" and found.value is not None
+        torch.testing.assert_close(found.value, value, rtol=0, atol=0, equal_nan=True)
+        parts, whole = found.samples["contribution"], value.double().numpy()
+        if value.ndim == 0 and loss.reduction not in ("none", None):
+            assert found.numerator is not None and found.denominator is not None
+            parts = np.array([parts.sum(), found.numerator / (found.denominator or 1)])
+        # Every number is rounded to the loss's dtype, and a sum of n of them up to n times.
+        parts, whole, info = np.asarray(parts), np.asarray(whole), torch.finfo(loss.dtype)
+        sizes = np.abs(found.samples["contribution"])
+        with np.errstate(invalid="ignore"):
+            size = sizes.size * sizes.sum() if value.ndim == 0 else 0
+            close = np.abs(parts - whole) <= info.eps * (size + np.abs(whole)) + info.tiny
+            overflowed = np.isinf(whole) & (np.abs(parts) > info.max)
+        same = (parts == whole) | (np.isnan(parts) & np.isnan(whole))
+        assert (close | same | overflowed).all(), case.index
+        compared += 1
+    assert compared > 300 and raised > 30
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_each_sample_shows_its_probability_rank_and_loss(from_logits):
+    y_pred = LOGITS if from_logits else PROBABILITIES
+    samples = explain(SparseCategoricalCrossentropy(from_logits), LABELS, y_pred).samples
+    p = np.exp(LOGITS.double().numpy())
+    p /= p.sum(-1, keepdims=True)
+    y = LABELS.numpy()
+    at_label = p[np.arange(64), y]
+    np.testing.assert_array_equal(samples["label"], y)
+    np.testing.assert_allclose(samples["probability"], at_label, rtol=1e-5)
+    np.testing.assert_allclose(samples["loss"], -np.log(at_label), rtol=1e-5)
+    order = np.argsort(-p, axis=-1)
+    np.testing.assert_array_equal(samples["rank"], 1 + np.argmax(order == y[:, None], axis=-1))
+    np.testing.assert_allclose(samples["contribution"], samples["loss"] / 64)
+
+
+def test_targets_show_the_class_with_the_largest():
+    targets = torch.nn.functional.one_hot(LABELS, 10) * 0.8 + 0.02
+    found = explain(CategoricalCrossentropy(from_logits=True, label_smoothing=0.1), targets, LOGITS)
+    sparse = explain(logits_loss(), LABELS, LOGITS)
+    for key in ("label", "rank"):
+        np.testing.assert_array_equal(found.samples[key], sparse.samples[key])
+    np.testing.assert_allclose(found.samples["probability"], sparse.samples["probability"], 1e-6)
+    assert wrong(found) == []
+
+
+def test_what_does_not_count_is_shown_as_such():
+    y = torch.tensor([[2, 1, -1], [0, 7, 3]])
+    mask, weight = torch.tensor([[1, 1, 1], [1, 0, 1]]), torch.tensor([[2.0], [0.5]])
+    z = torch.zeros(2, 3, 4)
+    z[1, 1] = torch.nan
+    found = explain(logits_loss(ignore_class=-1), y, z, weight, mask)
+    assert wrong(found) == [] and found.denominator == 4
+    assert found.numerator == pytest.approx(5 * np.log(4))
+    np.testing.assert_array_equal(found.samples["mask"], [[1, 1, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(found.samples["weight"], [[2, 2, 2], [0.5, 0.5, 0.5]])
+    np.testing.assert_array_equal(np.isnan(found.samples["loss"]), [[0, 0, 1], [0, 1, 0]])
+    text = str(found)
+    assert "6 samples, 4 of them count (ignore_class=-1 and the mask)" in text
+    assert re.search(r"\(0, 2\) +-1 +- +- +- +2 +0 +0\n", text)
+    assert re.search(r"\(1, 1\) +7 +- +- +- +0.5 +0 +0\n", text)
+    assert "the sum of weight * mask * loss" in text
+
+
+@pytest.mark.parametrize(("reduction", "numerator", "denominator", "words"), [
+    ("sum", 3.5, 1, "a sum is not divided"),
+    ("sum_over_batch_size", 3.5, 3, "the number of samples that count, not of their weights"),
+    ("mean", 3.5, 3, "the number of samples that count"),
+    ("auto", 3.5, 3, "the number of samples that count"),
+    ("mean_with_sample_weight", 3.5, 3.5, "the sum of weight * mask"),
+    ("none", None, None, "there is no reduction"),
+])  # fmt: skip
+def test_the_steps_of_each_reduction(reduction, numerator, denominator, words):
+    z, y = torch.zeros(4, 4), torch.tensor([0, 1, 2, -1])
+    loss = logits_loss(ignore_class=-1, reduction=reduction)
+    found = explain(loss, y, z, torch.tensor([1, 2, 0.5, 9]))
+    assert found.denominator == denominator and words in str(found)
+    assert found.numerator == (None if numerator is None else pytest.approx(3.5 * np.log(4)))
+
+
+def test_a_long_batch_is_summarised():
+    y, z = LABELS.repeat(100), LOGITS.repeat(100, 1) + torch.arange(6400)[:, None] % 7
+    found = explain(logits_loss(), y, z)
+    lines = str(found).splitlines()
+    assert len(lines) < 30 and "... 6388 of 6400 samples are left out." in lines
+    losses = found.samples["loss"]
+    shown = [float(line.split()[4]) for line in lines if re.match(r" *\d+ +\d", line)]
+    assert len(shown) == 12
+    np.testing.assert_allclose(shown[:8], np.sort(losses)[::-1][:8], rtol=1e-4)
+    np.testing.assert_allclose(shown[8:], np.sort(losses)[3::-1], rtol=1e-4)
+    (quantiles,) = [line for line in lines if line.startswith("Quantiles of the 6400 losses")]
+    printed = [float(value) for value in re.findall(r"%: ([\d.]+)[,.]", quantiles)]
+    share = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
+    np.testing.assert_allclose(printed, np.quantile(losses, share), rtol=2e-2)
+
+
+ONE_BASED = LABELS % 10 + 1
+PADDED = torch.where(torch.arange(64) < 50, LABELS, 255)
+ONE_HOT = torch.nn.functional.one_hot(LABELS, 10)
+WITH_NAN = LOGITS.clone().index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(torch.nan))
+BATCH_OF_SEQUENCES = SEQUENCES.argmax(1)
+
+PLANTED = {
+    "logits passed as probabilities": (
+        SparseCategoricalCrossentropy(), LABELS, LOGITS, {},
+        r"gradient is exactly zero for 6\d\.\d% of them.* label of \d\d\.\d% .*from_logits=True"),
+    "probabilities passed as logits": (
+        logits_loss(), LABELS, PROBABILITIES, {}, r"cannot fall below 1\.461"),
+    "labels out of range": (
+        logits_loss(), LABELS.clone().index_fill(0, torch.tensor([5, 9]), 12).index_fill(
+            0, torch.tensor(7), 17), LOGITS, {}, r"3 of 64 .*: 12, 17, the first at 5.* need 18"),
+    "labels that start at 1": (logits_loss(), ONE_BASED, LOGITS, {}, r"10, .*y_true - 1"),
+    "labels that look like an ignore value": (
+        logits_loss(), PADDED, LOGITS, {}, r"14 of 64 .*: 255, the first at 50.*ignore_class=255"),
+    "one-hot labels": (logits_loss(), ONE_HOT, LOGITS, {}, r"argmax\(1\), or use Categorical"),
+    "soft labels": (logits_loss(), PROBABILITIES, LOGITS, {}, "use CategoricalCrossentropy"),
+    "labels that are not whole": (
+        logits_loss(), LABELS + torch.tensor([0.7, 0]).repeat(32), LOGITS, {},
+        r"32 of 64 .*, the first is \d\.7 at 0, which is taken for class \d"),
+    "probabilities that do not sum to 1": (
+        SparseCategoricalCrossentropy(), LABELS, LOGITS.sigmoid(), {}, r"run from \d\.\d+ to \d"),
+    "a softmax along the wrong axis": (
+        SparseCategoricalCrossentropy(), BATCH_OF_SEQUENCES, SEQUENCES.softmax(1), {},
+        "sum to 1 along axis 1, .* pass axis=1"),
+    "predictions that are not finite": (
+        logits_loss(), LABELS, WITH_NAN, {}, r"1 NaN and 0 infinite .* the first in sample 3\."),
+    "labels that the predictions exclude": (
+        logits_loss(), LABELS, LOGITS.scatter(1, LABELS[:, None], -torch.inf), {}, "64 of 64"),
+    "weights that are not finite": (
+        logits_loss(), LABELS, LOGITS, {"sample_weight": WITH_NAN[:, 4]}, "first is sample 3"),
+    "nothing counts": (
+        logits_loss(ignore_class=-1), torch.full((64,), -1), LOGITS, {},
+        "ignore_class=-1 leaves out all 64 samples"),
+    "weights whose mean is far from 1": (
+        logits_loss(), LABELS, LOGITS, {"sample_weight": 1e-3 + 1e-2 * torch.rand(64)},
+        "mean weight of the 64 samples that count is 0.00"),
+    "classes on another axis": (
+        logits_loss(), BATCH_OF_SEQUENCES, 5 * SEQUENCES, {}, "fit axis 1 far better.* axis=1"),
+    "many classes in probability mode": (
+        SparseCategoricalCrossentropy(), [7], torch.nn.functional.one_hot(
+            torch.tensor([7]), 50257).float(), {}, r"perfect prediction .* loss of 0\.005\."),
+    "a saturated softmax": (
+        SparseCategoricalCrossentropy(), LABELS, (30 * LOGITS).softmax(-1), {},
+        r"capped near 16\.1 and their gradient is exactly zero"),
+    "one class": (logits_loss(), [0, 0], [[3.0], [-1.0]], {}, "use binary cross-entropy"),
+    "targets that are no distribution": (
+        CategoricalCrossentropy(from_logits=True), ONE_HOT * 3, LOGITS, {}, "from 3 to 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_is_found_alone_and_with_its_evidence(name):
+    loss, y_true, y_pred, others, evidence = PLANTED[name]
+    found = explain(loss, y_true, y_pred, **others)
+    assert wrong(found) == [name]
+    assert re.search(evidence, " ".join(str(found).split())), str(found)
+
+
+AT_SOME_SAMPLES = (
+    "logits passed as probabilities", "labels out of range", "labels that start at 1",
+    "labels that look like an ignore value", "labels that are not whole",
+    "probabilities that do not sum to 1", "a softmax along the wrong axis",
+    "predictions that are not finite", "labels that the predictions exclude",
+    "weights that are not finite", "weights whose mean is far from 1", "a saturated softmax",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AT_SOME_SAMPLES)
+def test_a_mistake_under_a_mask_is_none(name):
+    """The same batch, masked, beside an ordinary one."""
+    loss, y_true, y_pred, others, _ = PLANTED[name]
+    good = torch.zeros_like(y_pred)
+    if not loss.from_logits:
+        good += 1 / y_pred.shape[loss.axis]
+    both = torch.cat([good, y_pred])
+    labels = torch.cat([torch.zeros_like(y_true), y_true])
+    mask = torch.cat([torch.ones_like(y_true), torch.zeros_like(y_true)]).bool()
+    weight = others.get("sample_weight")
+    weight = None if weight is None else torch.cat([torch.ones_like(weight), weight])
+    assert wrong(explain(loss, labels, both, weight, mask)) == []
+
+
+def ordinary(generator):
+    """A batch as a sound training has them: (loss, y_true, y_pred, sample_weight, mask)."""
+    pick = generator.choice
+    classes = int(pick([2, 3, 4, 5, 10, 21, 100, 1000]))
+    shape = (int(pick([1, 2, 3, 7, 32, 64])), *map(int, pick([3, 10, 21], pick([0, 0, 1, 2]))))
+    if np.prod(shape) * classes > 300_000:
+        shape = shape[:1]
+    # An untrained model says little; a trained one says more, and is mostly right.
+    scale = float(pick([0.01, 0.3, 1, 2, 4, 8]))
+    z = generator.standard_normal((*shape, classes)) * scale + pick([0, 0, 5, -30])
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    if scale <= 1:
+        y = generator.integers(0, classes, shape)
+    else:
+        y = (p.cumsum(-1) < generator.random((*shape, 1))).sum(-1).clip(0, classes - 1)
+    from_logits = bool(pick([True, False]))
+    y_pred = (np.log(p) if pick([True, False, False]) else z) if from_logits else p
+    dtype = pick(["float32", "float32", "float64", "float16", "bfloat16"])
+    y_pred = torch.tensor(y_pred).to(getattr(torch, dtype))
+    options: dict[str, Any] = {"from_logits": from_logits}
+    options["reduction"] = pick(["sum_over_batch_size", "mean_with_sample_weight", "sum", "none"])
+    if len(shape) > 1 and pick([True, False]):
+        y_pred = y_pred.movedim(-1, 1)
+        options["axis"] = 1
+    counted = generator.random(shape) < 0.8
+    counted.flat[0] = True
+    mask = counted if pick([True, False, False]) else None
+    kind = pick(["none", "none", "about 1", "balanced", "by sample"])
+    share = np.bincount(y.ravel(), minlength=classes) / y.size
+    weight = {
+        "none": None,
+        "about 1": generator.uniform(0.5, 1.5, shape),
+        "balanced": 1 / (np.count_nonzero(share) * share[y]),
+        "by sample": generator.uniform(0.5, 2, shape[:1] + (1,) * (len(shape) - 1)),
+    }[kind]
+    if pick([True, False, False]):
+        targets = (
+            np.eye(classes)[y] * 0.9 + 0.1 / classes if pick([True, False]) else np.eye(classes)[y]
+        )
+        targets = np.moveaxis(targets, -1, options.get("axis", -1))
+        return CategoricalCrossentropy(**options), targets, y_pred, weight, mask
+    if pick([True, False]):
+        options["ignore_class"] = int(pick([-1, 255, -100]))
+        y = np.where(counted, y, options["ignore_class"])
+    labels = y.astype(pick(["int64", "int32", "int16", "float32"]))
+    return SparseCategoricalCrossentropy(**options), labels, y_pred, weight, mask
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ordinary_batches_raise_no_alarm(seed):
+    generator = np.random.default_rng(seed)
+    for _ in range(1000):
+        batch = ordinary(generator)
+        found = explain(*batch)
+        assert wrong(found) == [] and found.error == "", f"{batch}\n{found}"
+
+
+def test_a_batch_that_could_be_read_either_way_is_only_noted():
+    found = explain(logits_loss(), torch.randint(0, 20, (4, 20)), SEQUENCES)
+    assert wrong(found) == []
+    (note,) = found.findings
+    assert note.name == "two axes that could hold the classes"
+    assert "Nothing looks wrong.\nGood to know:\n- two axes" in str(found)
+
+
+def test_weights_of_0_and_1_are_told_from_a_mask():
+    weight = (torch.arange(64) < 8).float()
+    found = explain(logits_loss(), LABELS, LOGITS, sample_weight=weight)
+    assert wrong(found) == ["weights whose mean is far from 1"]
+    assert "pass them as mask=" in str(found)
+    divided = logits_loss(reduction="mean_with_sample_weight")
+    assert wrong(explain(divided, LABELS, LOGITS, sample_weight=weight)) == []
+
+
+def test_where_the_loss_raises_it_says_why():
+    found = explain(logits_loss(), PADDED, LOGITS)
+    assert found.value is None and found.samples == {} and found.numerator is None
+    assert str(found).startswith(
+        "SparseCategoricalCrossentropy(from_logits=True) raises ValueError: y_true must hold labels"
+    )
+    assert "raises ValueError" in found._repr_html_()
+    swapped = explain(logits_loss(), LOGITS, LABELS)
+    assert "labels and predictions are exchanged" in str(swapped) and wrong(swapped) == []
+    assert "TypeError: y_pred must hold numbers" in explain(logits_loss(), [1], ["a"]).error
+    with pytest.raises(ValueError, match="there is nothing to plot: ValueError: y_true must hold"):
+        found.plot()
+    with pytest.raises(
+        TypeError, match=r"loss must be a torch_sce\.Sparse.*, got CrossEntropyLoss"
+    ):
+        explain(torch.nn.CrossEntropyLoss(), LABELS, LOGITS)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_table_of_a_notebook_has_every_part():
+    found = explain(SparseCategoricalCrossentropy(), LABELS[:3], LOGITS[:3])
+    page = found._repr_html_()
+    assert page.count("<tr>") == 4 and "p(label)" in page and "denominator" in page
+    assert "<b>logits passed as probabilities</b>" in page
+    assert "Nothing looks wrong" in explain(logits_loss(), LABELS, LOGITS)._repr_html_()
+    assert "&lt;" in explain(logits_loss(name="<b>"), LABELS, LOGITS)._repr_html_()
+
+
+@pytest.mark.parametrize("count", [3, 64])
+def test_the_plot_shows_each_sample_and_its_contribution(count):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    found = explain(logits_loss(), LABELS[:count], LOGITS[:count])
+    figure, (losses, contributions) = found.plot()
+    points = losses.collections[0].get_offsets()
+    np.testing.assert_allclose(points[:, 0], found.samples["probability"])
+    np.testing.assert_allclose(points[:, 1], found.samples["loss"])
+    assert found.value is not None
+    if count == 3:
+        heights = [bar.get_height() for bar in contributions.patches]
+        assert sum(heights) == pytest.approx(found.value.item())
+    for panel in (losses, contributions):
+        assert panel.get_xlabel() and panel.get_ylabel() and panel.get_title()
+    figure.clear()
+
+
+def test_it_leaves_the_arguments_and_their_gradients_alone():
+    z = LOGITS.clone().requires_grad_()
+    found = explain(SparseCategoricalCrossentropy(), LABELS, z)
+    assert z.grad is None and torch.equal(z.detach(), LOGITS)
+    assert found.value is not None and not found.value.requires_grad

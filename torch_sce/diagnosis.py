@@ -1,0 +1,538 @@
+"""What looks wrong in a batch: the usual mistakes, each with its evidence and its mend.
+
+A check looks at one mistake. It reads the samples that count and says nothing unless the numbers
+leave little doubt: a batch of ordinary data is met with silence. `torch_sce.explain` shows what
+they find.
+
+N are the samples that count, C the classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import (
+    CLIP,
+    HALVES,
+    class_axis,
+    class_numbers,
+    labels_for,
+    match_ranks,
+    not_ignored,
+    to_tensor,
+)
+from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from .reduction import MEANS, align, combine_masks
+
+Loss = SparseCategoricalCrossentropy | CategoricalCrossentropy
+
+IGNORE_VALUES = (-1, -100, 255)  # of Keras and NumPy, of PyTorch, of segmentation maps
+FAR = 3.0  # a mean weight above this or below its inverse is no matter of chance
+CONFIDENT = 0.999
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that looks wrong, or that is good to know if `is_wrong` is false."""
+
+    name: str
+    evidence: str
+    mend: str
+    is_wrong: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.evidence} {self.mend}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of a call, and what the checks look at."""
+
+    loss: Loss
+    arguments: tuple[Any, Any, Any, Any]  # as they were given
+    y_true: Tensor
+    y_pred: Tensor
+    axis: int
+    counted: Tensor  # which samples count, in the losses' shape
+    rows: Tensor  # (N, C), the predictions
+    all_labels: Tensor | None  # as given, in the losses' shape; None if theirs does not fit
+    targets: Tensor | None  # (N, C), None if there are none or their shape does not fit
+    weight: Tensor | None  # (N,), None if there are none, or one for all
+
+    @property
+    def classes(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(N,), as given."""
+        return None if self.all_labels is None else self.all_labels[self.counted]
+
+    @property
+    def tolerance(self) -> float:
+        """How far sums of probabilities may be from 1. One row is little evidence."""
+        half = self.y_pred.dtype in HALVES or self.loss.dtype in HALVES
+        if len(self.rows) > 1 or self.classes > 3:
+            return 1e-2 if half else 1e-3
+        return 5e-3 if half else 1e-5
+
+    def position(self, flags: Tensor) -> str:
+        """Where the first of these samples is."""
+        place = self.counted.nonzero()[flags.nonzero()[0, 0]].tolist()
+        return str(tuple(place) if len(place) != 1 else place[0])
+
+    def are_distributions(self, rows: Tensor) -> bool:
+        """Whether each row could be the result of a softmax."""
+        low, high = rows.aminmax()
+        if not (low >= 0 and high <= 1 + self.tolerance):
+            return False
+        return (rows.sum(-1) - 1).abs().max().item() <= self.tolerance
+
+    def another(self, **options: Any) -> Loss:
+        """A loss that differs in these options."""
+        return type(self.loss).from_config(self.loss.get_config() | options)
+
+    def among_rows(self, **options: Any) -> Loss:
+        """A loss for `rows`, in which every sample counts."""
+        if isinstance(self.loss, SparseCategoricalCrossentropy):
+            options["ignore_class"] = None
+        return self.another(axis=-1, **options)
+
+
+def batch_of(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Batch | None:
+    """The batch, as far as its parts fit together; None if the predictions cannot be read."""
+    y_true, y_pred, sample_weight, mask = arguments
+    try:
+        predictions = to_tensor("y_pred", y_pred)
+        given = to_tensor("y_true", y_true)
+        if isinstance(loss, CategoricalCrossentropy):
+            given, predictions = match_ranks(given, predictions)
+        axis = class_axis(loss.axis, predictions)
+    except (ValueError, TypeError):
+        return None
+    x = predictions.movedim(axis, -1)
+    x = x if x.dtype == torch.float64 else x.float()
+    shape = x.shape[:-1]
+    labels = targets = None
+    if isinstance(loss, SparseCategoricalCrossentropy):
+        with suppress(ValueError):
+            labels = labels_for(given, predictions, axis)
+    elif given.shape == predictions.shape:
+        targets = given.movedim(axis, -1).to(x.dtype)
+    mask = _aligned("mask", mask, shape)
+    if labels is not None and isinstance(loss, SparseCategoricalCrossentropy):
+        mask = combine_masks(mask, not_ignored(labels, loss.ignore_class))
+    counted = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().expand(shape)
+    weight = _aligned("sample_weight", sample_weight, shape)
+    return Batch(
+        loss, arguments, given, predictions, axis, counted, x[counted],
+        all_labels=labels,
+        targets=None if targets is None else targets[counted],
+        weight=None if weight is None or weight.numel() < 2 else weight.expand(shape)[counted],
+    )  # fmt: skip
+
+
+def _aligned(name: str, value: Any, shape: torch.Size) -> Tensor | None:
+    """A weight or a mask, None if it does not fit: the loss's own error says why."""
+    if value is not None:
+        with suppress(ValueError, TypeError):
+            return align(name, to_tensor(name, value), shape)
+    return None
+
+
+def findings(batch: Batch) -> list[Finding]:
+    """All that looks wrong, then what is good to know."""
+    found = [finding for check in CHECKS for finding in check(batch)]
+    return sorted(found, key=lambda finding: not finding.is_wrong)
+
+
+def _nothing_counts(batch: Batch) -> Iterator[Finding]:
+    total = batch.counted.numel()
+    if total == 0:
+        yield Finding(
+            "an empty batch",
+            f"y_pred has the shape {tuple(batch.y_pred.shape)}: there are no samples.",
+            "A reduced loss is 0 then, and teaches nothing.",
+            is_wrong=False,
+        )
+    elif not batch.counted.any():
+        ignored = getattr(batch.loss, "ignore_class", None)
+        causes = [] if ignored is None else [f"ignore_class={ignored}"]
+        causes += [] if batch.arguments[3] is None else ["the mask"]
+        yield Finding(
+            "nothing counts",
+            f"{' and '.join(causes)} leave{'s' * (len(causes) == 1)} out all {total} samples, so "
+            "the loss is 0 and there is no gradient.",
+            "A mask is 1 or True where a sample counts, and ignore_class is a label that does not.",
+        )
+
+
+def _not_finite(batch: Batch) -> Iterator[Finding]:
+    allowed = batch.loss.from_logits  # -inf is how logits say "impossible"
+    bad = batch.rows.isnan() | (batch.rows.isinf() & ~((batch.rows < 0) & allowed))
+    if bad.any():
+        nans, where = int(batch.rows.isnan().sum()), batch.position(bad.any(1))
+        yield Finding(
+            "predictions that are not finite",
+            f"{nans} NaN and {int(bad.sum()) - nans} infinite predictions in "
+            f"{_share(bad.any(1))} of the samples that count, the first in sample {where}.",
+            "Look for their source in the model: a division by zero, the logarithm of 0, an "
+            "overflow in half precision, a step that was too large.",
+        )
+    y = _known(batch)
+    if y is not None and allowed:
+        at_label = batch.rows.gather(1, y.clamp(0)[:, None])[:, 0]
+        impossible = (y >= 0) & (at_label == -math.inf)
+        if impossible.any():
+            yield Finding(
+                "labels that the predictions exclude",
+                f"the logit of the label is -inf in {_share(impossible)} of the samples that "
+                f"count, the first is sample {batch.position(impossible)}: their loss is infinite.",
+                "Mask logits with -inf only where the label cannot be.",
+            )
+    if batch.weight is not None and not batch.weight.isfinite().all():
+        yield Finding(
+            "weights that are not finite",
+            f"sample_weight is NaN or infinite for {_share(~batch.weight.isfinite())} of the "
+            f"samples that count, the first is sample {batch.position(~batch.weight.isfinite())}.",
+            "To leave samples out, pass a mask or a weight of 0.",
+        )
+
+
+def _logits_as_probabilities(batch: Batch) -> Iterator[Finding]:
+    rows = _finite(batch)
+    if batch.loss.from_logits or not rows.numel() or rows.min() >= -batch.tolerance:
+        return
+    outside = int(((rows < 0) | (rows > 1)).sum())
+    evidence = f"{outside / rows.numel():.1%} of the predictions are below 0 or above 1."
+    stuck = _stuck(batch)
+    if stuck is not None:
+        evidence += (
+            f" The gradient is exactly zero for {stuck[0]:.1%} of them, and for the own label of "
+            f"{stuck[1]:.1%} of the samples, which can never learn it."
+        )
+    mend = "Pass from_logits=True"
+    with suppress(ValueError, TypeError):
+        value = batch.another(from_logits=True)(*batch.arguments)
+        if value.ndim == 0:
+            mend += f": the loss is {value.item():.6g} then"
+    yield Finding("logits passed as probabilities", evidence, mend + ".")
+
+
+def _stuck(batch: Batch) -> tuple[float, float] | None:
+    """The shares of entries, and of labels' entries, that get a gradient of exactly zero."""
+    y = _known(batch)
+    if y is None or not (y >= 0).any():
+        return None
+    known = y >= 0
+    rows = batch.rows[known].detach().requires_grad_()
+    given = batch.labels if batch.targets is None else batch.targets
+    assert given is not None
+    with torch.enable_grad():
+        total = batch.among_rows(reduction="sum")(given[known], rows)
+    (gradient,) = torch.autograd.grad(total, rows)
+    is_zero = gradient == 0
+    at_label = is_zero.gather(1, y[known][:, None])
+    return is_zero.double().mean().item(), at_label.double().mean().item()
+
+
+def _probabilities_as_logits(batch: Batch) -> Iterator[Finding]:
+    rows, classes = batch.rows, batch.classes
+    if not batch.loss.from_logits or not rows.numel() or classes == 1:
+        return
+    if not batch.are_distributions(rows):
+        return
+    floor = math.log(math.e + classes - 1) - 1
+    yield Finding(
+        "probabilities passed as logits",
+        f"all {len(rows)} rows lie in [0, 1] and sum to 1, so softmax is applied twice: for "
+        f"{classes} classes the loss cannot fall below {floor:.4g}, however good the model.",
+        "Leave the softmax out of the model, which is best, or pass from_logits=False.",
+    )
+
+
+def _not_normalised(batch: Batch) -> Iterator[Finding]:
+    rows = _finite(batch)
+    if batch.loss.from_logits or not rows.numel() or rows.min() < -batch.tolerance:
+        return
+    sums = rows.sum(1)
+    if (sums - 1).abs().max() <= batch.tolerance:
+        return
+    for axis in range(batch.y_pred.ndim):
+        if axis == batch.axis or batch.y_pred.shape[axis] == 1:
+            continue
+        if batch.are_distributions(batch.y_pred.movedim(axis, -1).to(rows.dtype)):
+            yield Finding(
+                "a softmax along the wrong axis",
+                f"the predictions sum to 1 along axis {axis}, but the loss has its classes on "
+                f"axis {batch.axis}, where the sums run from {_low_high(sums)}.",
+                f"If the classes are on axis {axis}, pass axis={axis}; if not, take the softmax "
+                f"over axis {batch.axis}.",
+            )
+            return
+    yield Finding(
+        "probabilities that do not sum to 1",
+        f"the sums run from {_low_high(sums)}. The loss divides by them"
+        + (
+            ", so predictions that only grow together change nothing."
+            if rows.max() <= 1 + batch.tolerance
+            else f", and the predictions reach {rows.max():.4g}."
+        ),
+        "If they are logits or scores, pass from_logits=True; if they come from a sigmoid for "
+        "each class, leave the sigmoid out and pass from_logits=True.",
+    )
+
+
+def _saturated(batch: Batch) -> Iterator[Finding]:
+    y = _known(batch)
+    rows = batch.rows
+    if y is None or not rows.numel() or batch.classes == 1:
+        return
+    at_label, largest = rows.gather(1, y.clamp(0)[:, None])[:, 0], rows.max(1).values
+    if batch.loss.from_logits:
+        lost = (y >= 0) & (largest - at_label > 88) & rows.isfinite().all(1)
+        if lost.sum() >= 0.1 * len(rows):
+            yield Finding(
+                "a saturated softmax",
+                f"{_share(lost)} of the samples that count give their label a probability below "
+                f"e^-88, which is 0 in float32; the logits run from {_low_high(rows)}.",
+                "Such logits come from inputs or weights that are far too large: look at the "
+                "inputs' scale, the initial weights and the learning rate.",
+            )
+    elif batch.are_distributions(rows):
+        low, _ = CLIP[batch.loss.dtype]
+        lost = (y >= 0) & (at_label < low) & (largest > CONFIDENT)
+        if lost.any():
+            yield Finding(
+                "a saturated softmax",
+                f"{_share(lost)} of the samples that count give their label a probability below "
+                f"{low:.3g} and another class more than {CONFIDENT}: their loss is capped near "
+                f"{-math.log(low):.1f} and their gradient is exactly zero at the label.",
+                "From logits, with from_logits=True, they would count and learn.",
+                is_wrong=bool(lost.sum() >= 0.1 * len(rows)),
+            )
+
+
+def _many_classes(batch: Batch) -> Iterator[Finding]:
+    low, high = CLIP[batch.loss.dtype]
+    floor = math.log1p((batch.classes - 1) * low / high)
+    if not batch.loss.from_logits and batch.targets is None and floor > 1e-3:
+        yield Finding(
+            "many classes in probability mode",
+            f"each of {batch.classes} probabilities is raised to at least {low:.3g}, so that a "
+            f"perfect prediction still has a loss of {floor:.2g}.",
+            "Return logits and pass from_logits=True, which has no such floor.",
+        )
+
+
+def _one_class(batch: Batch) -> Iterator[Finding]:
+    if batch.classes == 1 and batch.counted.numel():
+        yield Finding(
+            "one class",
+            f"y_pred has the shape {tuple(batch.y_pred.shape)} and one class on axis {batch.axis}: "
+            "its probability is always 1 and the loss always 0.",
+            "Give a binary model two outputs, or use binary cross-entropy for one.",
+        )
+
+
+def _one_hot(batch: Batch) -> Iterator[Finding]:
+    y = batch.y_true
+    if not isinstance(batch.loss, SparseCategoricalCrossentropy) or not y.numel():
+        return
+    if batch.labels is not None or y.shape != batch.y_pred.shape or y.ndim < 2:
+        return
+    targets = y.movedim(batch.axis, -1).double()
+    if not batch.are_distributions(targets):
+        return
+    if ((targets == 0) | (targets == 1)).all():
+        yield Finding(
+            "one-hot labels",
+            f"y_true has y_pred's shape, {tuple(y.shape)}, and a single 1 for each sample.",
+            f"Pass the class numbers, y_true.argmax({batch.axis}), or use CategoricalCrossentropy.",
+        )
+    else:
+        yield Finding(
+            "soft labels",
+            f"y_true has y_pred's shape, {tuple(y.shape)}, and sums to 1 for each sample.",
+            "Use CategoricalCrossentropy, which takes a target for every class.",
+        )
+
+
+def _labels_outside(batch: Batch) -> Iterator[Finding]:
+    if batch.labels is None:
+        return
+    y, classes = class_numbers(batch.labels), batch.classes
+    bad = (y < 0) | (y >= classes)
+    if not bad.any():
+        return
+    values = list(dict.fromkeys(map(_number, batch.labels[bad].unique().tolist())))
+    shown = ", ".join(values[:5]) + (f" and {len(values) - 5} others" if len(values) > 5 else "")
+    evidence = (
+        f"{_share(bad)} of the labels that count are outside [0, {classes}): {shown}, the first "
+        f"at {batch.position(bad)}."
+    )
+    marks = [v for v in values if v in map(str, IGNORE_VALUES) and v != str(classes)]
+    inside, rest = y[~bad], [v for v in values if v not in marks]
+    if not marks and len(rest) == 1 and rest[0] not in (str(classes), "nan"):
+        marks, rest = rest, []
+    for mark in marks[:1]:
+        yield Finding(
+            "labels that look like an ignore value",
+            evidence,
+            f"If {mark} marks samples to leave out, pass ignore_class={mark}.",
+        )
+    if rest == [str(classes)] and not (inside < 1).any():
+        yield Finding("labels that start at 1", evidence, "Subtract 1: pass y_true - 1.")
+    elif rest or len(marks) > 1:
+        top = int(y.max()) + 1
+        yield Finding(
+            "labels out of range",
+            evidence,
+            f"The predictions have {classes} classes on axis {batch.axis}; labels from 0 to "
+            f"{top - 1} need {top}. What does not count belongs under a mask.",
+        )
+
+
+def _not_whole(batch: Batch) -> Iterator[Finding]:
+    if batch.labels is None or not batch.labels.is_floating_point():
+        return
+    odd = batch.labels.isfinite() & (batch.labels != batch.labels.trunc())
+    if odd.any():
+        first = batch.labels[odd][0].item()
+        yield Finding(
+            "labels that are not whole",
+            f"{_share(odd)} of the labels that count, the first is {first:.6g} at "
+            f"{batch.position(odd)}, which is taken for class {math.trunc(first)}.",
+            "Labels are class numbers: check where they come from, or round them first.",
+        )
+
+
+def _other_axis(batch: Batch) -> Iterator[Finding]:
+    shape, axis, classes = batch.y_pred.shape, batch.axis, batch.classes
+    if batch.labels is None or classes == 1 or not batch.loss.from_logits:
+        return  # probabilities show by their sums where the classes are
+    for other in range(1, len(shape)):
+        fits = shape[:other] + shape[other + 1 :] == shape[:axis] + shape[axis + 1 :]
+        if other == axis or shape[other] != classes or not fits:
+            continue
+        here, there = (_mean_loss(batch, each) for each in (axis, other))
+        if here is None or there is None:
+            continue
+        gap = here - there
+        noise = gap.std().item() / math.sqrt(max(len(gap), 1))
+        better = there.mean() < 0.8 * math.log(classes) and gap.mean() > 5 * noise
+        if better and len(gap) >= 30:
+            yield Finding(
+                "classes on another axis",
+                f"axes {axis} and {other} of y_pred both have {classes} entries, and the labels "
+                f"fit axis {other} far better: a mean loss of {there.mean():.4g}, not "
+                f"{here.mean():.4g}.",
+                f"If the classes are on axis {other}, pass axis={other}.",
+            )
+        else:
+            yield Finding(
+                "two axes that could hold the classes",
+                f"axes {axis} and {other} of y_pred both have {classes} entries: shapes cannot "
+                "show a mix-up.",
+                f"The classes are taken to be on axis {axis}.",
+                is_wrong=False,
+            )
+
+
+def _mean_loss(batch: Batch, axis: int) -> Tensor | None:
+    """The losses of the samples that count, with the classes on that axis."""
+    y_true, y_pred, _, mask = batch.arguments
+    with suppress(ValueError, TypeError):
+        loss = batch.another(axis=axis, reduction="none")
+        losses = loss(y_true, y_pred, mask=mask)[batch.counted].double()
+        return losses if losses.isfinite().all() else None
+    return None
+
+
+def _weights(batch: Batch) -> Iterator[Finding]:
+    weight = batch.weight
+    if weight is None or not len(weight) or batch.loss.reduction not in MEANS:
+        return
+    low, high = weight.aminmax()
+    mean = weight.double().mean().item()
+    enough = len(weight) >= 8 or low > FAR or high < 0.1
+    alike = ((weight > 1) if mean > 1 else (weight < 1)).double().mean() >= 0.6
+    if not (math.isfinite(mean) and enough and alike) or 1 / FAR <= abs(mean) <= FAR:
+        return
+    mend = (
+        'Weights with a mean of 1 keep the loss\'s scale; reduction="mean_with_sample_weight" '
+        "divides by their sum."
+    )
+    if ((weight == 0) | (weight == 1)).all():
+        mend = (
+            "If 0 means to leave a sample out, pass them as mask=: what is masked is not counted."
+        )
+    yield Finding(
+        "weights whose mean is far from 1",
+        f"the mean weight of the {len(weight)} samples that count is {mean:.4g} (from "
+        f"{_low_high(weight)}). The mean divides by the number of samples, not by the weights, so "
+        "it scales the loss and the gradient as a learning rate does.",
+        mend,
+    )
+
+
+def _targets(batch: Batch) -> Iterator[Finding]:
+    targets = batch.targets
+    if targets is None or not targets.numel() or batch.are_distributions(targets):
+        return
+    yield Finding(
+        "targets that are no distribution",
+        f"the targets of a sample run from {_low_high(targets)} and their sums from "
+        f"{_low_high(targets.sum(1))}.",
+        "Targets should be at least 0 and sum to 1 for each sample; if y_true and y_pred are "
+        "exchanged, labels come first.",
+    )
+
+
+def _known(batch: Batch) -> Tensor | None:
+    """Class numbers, -1 where the label is none."""
+    if batch.targets is not None:
+        return batch.targets.argmax(1)
+    if batch.labels is None:
+        return None
+    y = class_numbers(batch.labels)
+    return torch.where(y < batch.classes, y.clamp(-1), -1)
+
+
+def _finite(batch: Batch) -> Tensor:
+    return batch.rows[~batch.rows.isnan().any(1)]
+
+
+def _share(flags: Tensor) -> str:
+    return f"{int(flags.sum())} of {flags.numel()}"
+
+
+def _low_high(values: Tensor) -> str:
+    return f"{values.min().item():.4g} to {values.max().item():.4g}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.6g}"
+
+
+CHECKS: tuple[Callable[[Batch], Iterator[Finding]], ...] = (
+    _one_hot,
+    _labels_outside,
+    _not_whole,
+    _nothing_counts,
+    _not_finite,
+    _logits_as_probabilities,
+    _probabilities_as_logits,
+    _not_normalised,
+    _other_axis,
+    _saturated,
+    _one_class,
+    _weights,
+    _targets,
+    _many_classes,
+)

@@ -1,0 +1,365 @@
+"""What the loss did with one batch, step by step, and what looks wrong in it.
+
+    from a sample to its loss:     p = the probability of its label,  loss = -log p
+    from losses to the result:     numerator = sum of weight * mask * loss
+                                   result = numerator / denominator
+    from a sample to the result:   contribution = weight * mask * loss / denominator
+
+So the contributions add up to the result. `reduction` has the rules for the denominator,
+`diagnosis` those for what looks wrong.
+"""
+
+import html
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .diagnosis import Batch, Finding, Loss, batch_of, findings
+from .functional import CLIP, ArrayLike, class_numbers
+from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from .reduction import fraction
+
+SHOWN = 12  # a longer batch is summarised by so many samples
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: print it, show it in a notebook, or look at its parts.
+
+    Attributes:
+        loss: the loss that was explained.
+        value: what it returns for the batch, on the host; None if it raises.
+        error: what it raises, "" if it returns.
+        samples: for each sample what the table shows, in arrays of the losses' shape: "label",
+            "probability" (of the label, as the loss sees it), "rank" (1: the largest prediction is
+            the label's), "loss" in nats, "weight", "mask", and "contribution" to the value. NaN
+            stands where a sample does not count and is not looked at. Empty if the loss raises.
+        numerator, denominator: the value is their quotient; None if there is no reduction or the
+            loss raises.
+        findings: what looks wrong, and what is good to know. Each has a `name`, the `evidence`,
+            the `mend`, and `is_wrong`.
+    """
+
+    loss: Loss
+    value: Tensor | None = None
+    error: str = ""
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    numerator: float | None = None
+    denominator: float | None = None
+    findings: tuple[Finding, ...] = ()
+    arguments: tuple[str, ...] = ()  # what they are, in words
+
+    def __str__(self) -> str:
+        lines = [self._headline(), *(f"  {line}" for line in self.arguments), ""]
+        if self.samples:
+            lines += [*_columns(self._table()), *self._summary(), "", *self._steps(), ""]
+        lines += self._verdict()
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._table() if self.samples else [[]]
+        cells = "".join(f"<th style='text-align:right'>{html.escape(name)}</th>" for name in header)
+        body = "".join(
+            "<tr>" + "".join(f"<td style='text-align:right'>{cell}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        found = "".join(
+            f"<p style='border-left:4px solid {'#c62828' if f.is_wrong else '#8c959f'};"
+            f"padding-left:.6em'><b>{html.escape(f.name)}</b><br>{html.escape(f.evidence)}<br>"
+            f"<i>{html.escape(f.mend)}</i></p>"
+            for f in self.findings
+        )
+        if not any(f.is_wrong for f in self.findings):
+            found = ("" if self.error else "<p>Nothing looks wrong.</p>") + found
+        about = "<br>".join(map(html.escape, self.arguments))
+        steps = "\n".join(self._steps()) if self.samples else ""
+        summary = "".join(f"<p>{html.escape(line)}</p>" for line in self._summary())
+        return (
+            f"<p><b>{html.escape(self._headline())}</b><br>{about}</p>"
+            f"<table><tr>{cells}</tr>{body}</table>{summary}"
+            f"<pre>{html.escape(steps)}</pre>{found}"
+        )
+
+    def plot(self) -> tuple[Any, Any]:
+        """Two pictures: the losses on the curve -log p, and what each adds to the result.
+
+        Needs matplotlib.
+
+        Returns:
+            The figure and its two axes.
+
+        Raises:
+            ValueError: the loss raises for this batch, or nothing counts in it.
+        """
+        if not self.samples or not self._counted().any():
+            reason = self.error or "no sample counts"
+            raise ValueError(f"there is nothing to plot: {reason}")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        self._plot_losses(axes[0])
+        self._plot_contributions(axes[1])
+        return figure, axes
+
+    def _plot_losses(self, panel: Any) -> None:
+        counted = self._counted()
+        p, losses = (self.samples[key][counted] for key in ("probability", "loss"))
+        seen = np.isfinite(losses)
+        lowest = max(min(float(p[seen].min(initial=1)), 0.05), 1e-30)
+        curve = np.geomspace(lowest, 1, 200)
+        panel.plot(curve, -np.log(curve), color="#8c959f", lw=1, label="-log p")
+        panel.scatter(np.maximum(p[seen], lowest), losses[seen], s=18 if seen.sum() < 99 else 7,
+                      alpha=0.9 if seen.sum() < 99 else 0.3, color="#1f6fb2", zorder=3,
+                      label="samples")  # fmt: skip
+        mean = losses[seen].mean() if seen.any() else np.nan
+        panel.axhline(mean, color="#d1622b", lw=1.2, label=f"their mean, {mean:.4g}")
+        panel.set(
+            xscale="log", xlabel="probability of the label", ylabel="loss of the sample [nats]",
+            title=f"{int(seen.sum())} samples that count",
+        )  # fmt: skip
+        panel.legend(frameon=False, fontsize=9)
+
+    def _plot_contributions(self, panel: Any) -> None:
+        parts = self.samples["contribution"][self._counted()]
+        if len(parts) <= SHOWN:
+            names = [_place(place) for place in np.argwhere(self._counted())]
+            panel.bar(names, parts, color="#1f6fb2")
+            panel.set(xlabel="sample", ylabel="contribution to the value [nats]",
+                      title="What each sample adds")  # fmt: skip
+            return
+        sizes = np.sort(np.abs(np.nan_to_num(parts)))[::-1]
+        share = np.cumsum(sizes) / max(sizes.sum(), np.finfo(float).tiny)
+        first = share[max(len(share) // 10, 1) - 1]
+        panel.plot(np.arange(1, len(share) + 1) / len(share), share, color="#1f6fb2")
+        panel.plot([0, 1], [0, 1], color="#8c959f", lw=1)
+        panel.set(
+            xlabel="share of the samples, the largest first", ylabel="share of the value",
+            title=f"The largest tenth makes {first:.0%}", xlim=(0, 1), ylim=(0, 1.02),
+        )  # fmt: skip
+
+    def _counted(self) -> np.ndarray:
+        return self.samples["mask"] != 0
+
+    def _headline(self) -> str:
+        if self.value is None:
+            return f"{self.loss!r} raises {self.error}"
+        shown = f"{self.value.item():.7g}" if self.value.ndim == 0 else "one value for each sample"
+        return f"{self.loss!r} gives {shown}"
+
+    def _table(self) -> list[list[str]]:
+        """The header and a row for each sample that is shown."""
+        keys = {"label": "label", "probability": "p(label)", "rank": "rank", "loss": "loss",
+                "weight": "weight", "mask": "mask", "contribution": "contribution"}  # fmt: skip
+        if isinstance(self.loss, SparseCategoricalCrossentropy):
+            keys["loss"] = "-log p"
+        for key in ("weight", "mask"):
+            if (self.samples[key] == 1).all():
+                del keys[key]
+        rows = [["sample", *keys.values()]]
+        for place in self._places():
+            values = {key: self.samples[key][place] for key in keys}
+            hidden = () if self._counted()[place] else ("probability", "rank", "loss")
+            shown = ("-" if key in hidden else f"{value:.5g}" for key, value in values.items())
+            rows.append([_place(place), *shown])
+        return rows
+
+    def _places(self) -> list[tuple[int, ...]]:
+        """All samples of a small batch; of others those with the largest and smallest losses."""
+        losses, counted = self.samples["loss"], self._counted()
+        if losses.size <= SHOWN:
+            return list(np.ndindex(losses.shape))
+        sizes = np.where(counted, np.nan_to_num(losses, nan=np.inf), -1)
+        order = np.argsort(-sizes, axis=None, kind="stable")[: counted.sum()]
+        chosen = [*order[: SHOWN - 4], *order[SHOWN - 4 :][-4:]]
+        return [tuple(map(int, np.unravel_index(i, losses.shape))) for i in chosen]
+
+    def _summary(self) -> list[str]:
+        losses = self.samples["loss"] if self.samples else np.empty(0)
+        if losses.size <= SHOWN:
+            return []
+        shown, seen = len(self._places()), losses[~np.isnan(losses)]
+        lines = [f"... {losses.size - shown} of {losses.size} samples are left out."]
+        if seen.size:
+            values = np.quantile(seen, QUANTILES, method="inverted_cdf")
+            parts = (f"{q:.0%}: {v:.4g}" for q, v in zip(QUANTILES, values, strict=True))
+            lines.append(f"Quantiles of the {seen.size} losses that count: {', '.join(parts)}.")
+        return lines
+
+    def _steps(self) -> list[str]:
+        """From losses to the value."""
+        factors = [key for key in ("weight", "mask") if (self.samples[key] != 1).any()]
+        product = " * ".join([*factors, "loss"]) if factors else "the losses"
+        if self.numerator is None or self.denominator is None or self.value is None:
+            return [f"value        {product}, for each sample by itself: there is no reduction"]
+        divided = {
+            "sum": "a sum is not divided",
+            "mean_with_sample_weight": f"the sum of {' * '.join(factors)}",
+        }.get(str(self.loss.reduction), "the number of samples that count, not of their weights")
+        if not factors and self.loss.reduction != "sum":
+            divided = "the number of samples"
+        named = f'numerator / denominator, reduction "{self.loss.reduction}"'
+        if self.denominator == 0:
+            named += "; a division by 0 gives 0"
+        return [
+            f"numerator    {self.numerator:<14.7g} the sum of {product}",
+            f"denominator  {self.denominator:<14.7g} {divided}",
+            f"value        {self.value.item():<14.7g} {named}",
+        ]
+
+    def _verdict(self) -> list[str]:
+        wrong = [finding for finding in self.findings if finding.is_wrong]
+        notes = [finding for finding in self.findings if not finding.is_wrong]
+        lines = [] if wrong or self.error else ["Nothing looks wrong."]
+        for title, found in (("Looks wrong:", wrong), ("Good to know:", notes)):
+            lines += [title] if found else []
+            for finding in found:
+                lines += textwrap.wrap(
+                    str(finding), 100, initial_indent="- ", subsequent_indent="  "
+                )
+        return lines
+
+
+def explain(
+    loss: Loss,
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
+    sample_weight: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+) -> Explanation:
+    """What `loss` does with a batch, sample by sample, and what looks wrong in it.
+
+    For people, not for training: everything is moved to the host, and the values are read. It
+    works where the loss itself raises, too, and says why.
+
+    Args:
+        loss: a `SparseCategoricalCrossentropy` or `CategoricalCrossentropy`.
+        y_true, y_pred, sample_weight, mask: as in the call `loss(y_true, y_pred, sample_weight,
+            mask)`.
+
+    Returns:
+        An `Explanation`, which prints as text, is shown as a table in a notebook, and has `plot()`.
+
+    Raises:
+        TypeError: a `loss` that is neither of the two.
+
+    >>> loss = SparseCategoricalCrossentropy(from_logits=True)
+    >>> print(explain(loss, [2, 1], [[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]]))
+    SparseCategoricalCrossentropy(from_logits=True) gives 0.9133192
+      y_pred (2, 4) float64: taken for logits; a softmax over axis 1 makes them probabilities
+      y_true (2,) int64: 2 samples, 2 of them count
+    <BLANKLINE>
+    sample  label  p(label)  rank   -log p  contribution
+         0      2   0.21135     2   1.5542       0.77711
+         1      1   0.76153     1  0.27242       0.13621
+    <BLANKLINE>
+    numerator    1.826638       the sum of the losses
+    denominator  2              the number of samples
+    value        0.9133192      numerator / denominator, reduction "sum_over_batch_size"
+    <BLANKLINE>
+    Nothing looks wrong.
+    """
+    if not isinstance(loss, SparseCategoricalCrossentropy | CategoricalCrossentropy):
+        raise TypeError(
+            "loss must be a torch_sce.SparseCategoricalCrossentropy or CategoricalCrossentropy, "
+            f"got {type(loss).__name__}"
+        )
+    with torch.no_grad(), torch.device("cpu"):
+        arguments = (_on_host(y_true), _on_host(y_pred), _on_host(sample_weight), _on_host(mask))
+        batch = batch_of(loss, arguments)
+        about = tuple(_in_words(batch)) if batch else ()
+        found = tuple(findings(batch)) if batch else ()
+        try:
+            value = loss(*arguments)
+        except (ValueError, TypeError) as error:
+            message = f"{type(error).__name__}: {error}"
+            return Explanation(loss, error=message, findings=found, arguments=about)
+        assert batch is not None  # the loss has read it
+        losses, weight, mask_ = loss._losses(*arguments)
+        values, count = fraction(losses, weight, mask_, loss.reduction)
+        numerator = denominator = None
+        if loss.reduction not in ("none", None):
+            numerator = values.double().sum().item()
+            denominator = 1.0 if count is None else float(count)
+        contributions = values.double() / (denominator or 1.0)
+        samples = _samples(batch, losses, weight, mask_, contributions)
+        return Explanation(loss, value, "", samples, numerator, denominator, found, about)
+
+
+def _in_words(batch: Batch) -> Iterator[str]:
+    """What each argument is, and is taken for."""
+    axis, low = batch.axis, CLIP[batch.loss.dtype][0]
+    taken = {
+        (True, True): f"logits; a softmax over axis {axis} makes them probabilities",
+        (True, False): f"logits; a softmax over axis {axis} makes them probabilities",
+        (False, True): f"probabilities; clipped to [{low:.3g}, 1 - {low:.3g}], then divided by "
+        f"their sum over axis {axis}",
+        (False, False): f"probabilities; divided by their sum over axis {axis}, then clipped to "
+        f"[{low:.3g}, 1 - {low:.3g}]",
+    }[batch.loss.from_logits, isinstance(batch.loss, SparseCategoricalCrossentropy)]
+    yield f"y_pred {_kind(batch.y_pred)}: taken for {taken}"
+    total, n = batch.counted.numel(), len(batch.rows)
+    left_out = [] if batch.arguments[3] is None else ["the mask"]
+    if getattr(batch.loss, "ignore_class", None) is not None:
+        left_out.insert(0, f"ignore_class={batch.loss.ignore_class}")
+    reasons = f" ({' and '.join(left_out)})" if left_out else ""
+    yield f"y_true {_kind(batch.y_true)}: {total} samples, {n} of them count{reasons}"
+    for name, value in zip(("sample_weight", "mask"), batch.arguments[2:], strict=True):
+        if value is not None:
+            yield f"{name} {_kind(torch.as_tensor(value))}"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _place(place: Any) -> str:
+    return str(place[0]) if len(place) == 1 else str(tuple(map(int, place)))
+
+
+def _columns(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in table]
+
+
+def _on_host(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _samples(
+    batch: Batch, losses: Tensor, weight: Tensor | None, mask: Tensor | None, contributions: Tensor
+) -> dict[str, np.ndarray]:
+    counted, shape = batch.counted, losses.shape
+
+    def spread(values: Tensor) -> np.ndarray:
+        whole = torch.full(shape, torch.nan, dtype=torch.float64)
+        whole[counted] = values.double()
+        return whole.numpy()
+
+    def everywhere(values: Tensor | None) -> np.ndarray:
+        return (torch.ones(()) if values is None else values).double().expand(shape).numpy()
+
+    if batch.targets is None:
+        assert batch.all_labels is not None
+        label = batch.all_labels.double().numpy()
+        y, cost = class_numbers(batch.all_labels[counted]), losses[counted]
+    else:
+        y = batch.targets.argmax(1)
+        label = spread(y)
+        certain = torch.nn.functional.one_hot(y, batch.classes)
+        cost = batch.among_rows(reduction="none", label_smoothing=0.0)(certain, batch.rows)
+    at_label = batch.rows.gather(1, y[:, None])
+    rank = 1.0 + (batch.rows > at_label).sum(1)
+    rank[at_label[:, 0].isnan()] = torch.nan
+    return {
+        "label": label, "probability": spread(torch.exp(-cost.double())), "rank": spread(rank),
+        "loss": spread(losses[counted]), "weight": everywhere(weight), "mask": everywhere(mask),
+        "contribution": contributions.expand(shape).numpy(),
+    }  # fmt: skip

@@ -9,5 +9,8 @@
     report        tables for the terminal, JSON, HTML
     command       the command line, `python scripts/cross_check.py`
 
+    batch         the same for one batch of a user's own, `cross_check.py batch FILE.npz`
+    rules         from F.cross_entropy to Keras's loss, one rule at a time
+
 Nothing else in the package imports this one.
 """

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from . import report
+from . import batch, report
 from .answers import (
     LIVE,
     RECORDED,
@@ -37,15 +37,17 @@ AGREEMENT, DISAGREEMENT, USAGE, NO_ORACLE = 0, 1, 2, 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the cross-check; the exit code says how it ended."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    _check_usage(parser, options)
-    cases = _chosen(parser, options)
+    arguments = sys.argv[1:] if arguments is None else arguments
     console = Console()
     if not console.is_terminal:
         console.width = 120  # what reads it does not break lines
     try:
-        return _run(options, cases, console)
+        if arguments[:1] == ["batch"]:
+            return batch.main(arguments[1:], console)
+        parser = _parser()
+        options = parser.parse_args(arguments)
+        _check_usage(parser, options)
+        return _run(options, _chosen(parser, options), console)
     except OracleError as error:
         console.print(f"[bold red]No cross-check:[/] {error}", highlight=False, soft_wrap=True)
         return NO_ORACLE
@@ -55,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compares torch_sce with the real tf.keras on random cases: value, gradient, "
         "shape, dtype and errors.",
-        epilog="Exit code: 0 all cases agree or differ on purpose, 1 a mismatch, 2 wrong usage, "
+        epilog="`batch FILE.npz` instead of options looks at a batch of your own: `batch --help`. "
+        "Exit code: 0 all cases agree or differ on purpose, 1 a mismatch, 2 wrong usage, "
         "3 the oracle is missing or has crashed.",
     )
     add = parser.add_argument

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from string import Template
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -202,10 +203,11 @@ def details(verdict: Verdict, keras: Answer, ours: Answer) -> str:
         lines.append(f"in float64, gradient, {_array(right.gradient)}")
         if right.target_gradient is not None:
             lines.append(f"in float64, gradient of the targets, {_array(right.target_gradient)}")
-    return escape("\n".join(lines)) + f"\n[bold]{escape(_outcome(verdict))}[/]"
+    return escape("\n".join(lines)) + f"\n[bold]{escape(outcome(verdict))}[/]"
 
 
-def _outcome(verdict: Verdict) -> str:
+def outcome(verdict: Verdict) -> str:
+    """How a case ended, in words."""
     if verdict.outcome == AGREES:
         return "Agrees: both raise." if verdict.reason else "Agrees in value and gradient."
     if verdict.outcome == MISMATCH:
@@ -307,13 +309,11 @@ def to_json(results: Results) -> str:
     )
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>torch_sce against tf.keras</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.verdict { font-size: 1.1rem; padding: .7rem 1rem; border-radius: 6px; background: $shade; }
+p.verdict { font-size: 1.1rem; padding: .7rem 1rem; border-radius: 6px; }
+p.good { background: #e3f3e8; } p.bad { background: #ffebe9; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; font-weight: 600; border-bottom: 2px solid #8c959f; }
 td, th { padding: .18rem .6rem; vertical-align: top; } td { border-bottom: 1px solid #e5e8eb; }
@@ -325,9 +325,14 @@ tr.first td { border-top: 2px solid #c9d0d6; }
 .key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem; }
 code { background: #f2f4f6; padding: .1rem .3rem; border-radius: 3px; } img { max-width: 100%; }
 small { color: #57606a; }
-</style>
+"""
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>torch_sce against tf.keras</title>
+<style>
+$style</style>
 <h1>torch_sce against tf.keras</h1>
-<p class="verdict">$sentence</p>
+<p class="verdict $outcome">$sentence</p>
 <p><code>$command</code><br>
 torch_sce on $device; $oracle on the CPU; $versions</p>
 $mismatches
@@ -351,7 +356,8 @@ def to_html(results: Results) -> str:
     """One file that needs no other."""
     return PAGE.substitute(
         sentence=html.escape(_sentence(results)),
-        shade="#ffebe9" if results.mismatches else "#e3f3e8",
+        style=STYLE,
+        outcome="bad" if results.mismatches else "good",
         command=html.escape(results.command),
         oracle="the real tf.keras" if results.oracle == TARGET else "tf.keras's recorded answers",
         device=html.escape(results.device),
@@ -400,11 +406,7 @@ def _plots(results: Results) -> str:
     """The errors as pictures; empty if no loss is in float32, which is what they are of."""
     if not all(results.errors("ours", part).size for part in PARTS):
         return ""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     ours_color, keras_color, exact = "#1f6fb2", "#d1622b", 0.02
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for panel, part in zip(panels, PARTS, strict=True):
@@ -421,7 +423,7 @@ def _plots(results: Results) -> str:
             xlabel="error of tf.keras [ulp]", ylabel="error of torch_sce [ulp]",
             title=f"{part}: {len(ours)} cases ({exact} stands for exact)",
         )  # fmt: skip
-    scatter = _image(figure, "error of both against float64")
+    scatter = image(figure, "error of both against float64")
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for who, color, aside in zip(WHO, (ours_color, keras_color), (0.96, 1.04), strict=True):
@@ -447,12 +449,22 @@ def _plots(results: Results) -> str:
     )  # fmt: skip
     for panel in panels:
         panel.legend(frameon=False, fontsize=9)
-    curves = _image(figure, "share of cases below an error; error by number of classes")
+    curves = image(figure, "share of cases below an error; error by number of classes")
     plt.close("all")
     return scatter + curves
 
 
-def _image(figure, description: str) -> str:
+def pyplot() -> Any:
+    """matplotlib.pyplot, for files and not for a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def image(figure, description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()

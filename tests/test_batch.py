@@ -1,0 +1,227 @@
+"""`cross_check.py batch`: a batch of one's own, and the rule that accounts for a difference."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torch_sce.crosscheck import batch, command
+from torch_sce.crosscheck.answers import OracleError, ours
+from torch_sce.crosscheck.batch import distance
+from torch_sce.crosscheck.cases import LOSSES
+from torch_sce.crosscheck.compare import reference
+from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.rules import steps
+
+rng = np.random.default_rng(0)
+Z = rng.standard_normal((6, 8, 5)).astype(np.float32)  # (B, T, C)
+P = np.exp(Z) / np.exp(Z).sum(-1, keepdims=True)
+Y = rng.integers(0, 5, (6, 8))
+SQUARE = rng.standard_normal((6, 7, 7)).astype(np.float32)
+IGNORED, MASK = np.where(rng.random((6, 8)) < 0.3, -1, Y), rng.random((6, 8)) < 0.7
+WEIGHT = rng.uniform(0.5, 2, (6, 1))
+
+# The arrays, the options, the rules that have to be named, and the one with the largest part.
+DISCREPANCIES = {
+    "nothing": ((Y, Z), ["--from-logits"], [], None),
+    "probabilities": ((Y, P), [], ["probabilities"], "probabilities"),
+    "T = C": ((Y[:, :7], SQUARE), ["--from-logits"], ["axis"], "axis"),
+    "padding": (
+        (IGNORED, Z), ["--from-logits", "--ignore-class", "-1"], ["ignored labels"], None),
+    "an ignored class": (
+        (Y, Z), ["--from-logits", "--ignore-class", "2"], ["ignored labels"], "ignored labels"),
+    "a mask": (
+        (Y, Z, None, MASK), ["--from-logits"], ["mask", "denominator"], None),
+    "weights": ((Y, Z, WEIGHT), ["--from-logits"], ["sample_weight"], "sample_weight"),
+    "divided by the weights": (
+        (Y, Z, WEIGHT), ["--from-logits", "--reduction", "mean_with_sample_weight"],
+        ["sample_weight", "denominator"], None),
+    "a sum": ((Y, Z), ["--from-logits", "--reduction", "sum"], ["denominator"], "denominator"),
+    "half precision": ((Y, Z.astype(np.float16)), ["--from-logits"], ["precision"], "precision"),
+    "channels first": ((Y, Z.swapaxes(1, 2)), ["--from-logits", "--axis", "1"], [], None),
+    "all at once": (
+        (IGNORED, P, WEIGHT, MASK), ["--ignore-class", "-1"],
+        ["ignored labels", "probabilities", "mask", "sample_weight", "denominator"], None),
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, capsys, keras, monkeypatch):
+    """`run(arrays, *arguments)`: the exit code and what was printed, with the live tf.keras."""
+
+    class Running:
+        def __init__(self, name):
+            pass
+
+        def __enter__(self):
+            return keras
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(batch, "LiveOracle", Running)
+
+    def call(arrays, *arguments):
+        names = ("y_true", "y_pred", "sample_weight", "mask")
+        named = arrays if isinstance(arrays, dict) else dict(zip(names, arrays, strict=False))
+        path = tmp_path / "batch.npz"
+        np.savez(path, **{k: v for k, v in named.items() if v is not None})
+        code = command.main(["batch", str(path), *arguments])
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def rules_in(out):
+    table = out.partition("one rule at a time")[2]
+    return re.findall(r"^│ (axis|ignored labels|precision|probabilities|mask|sample_weight|"
+                      r"denominator) ", table, re.MULTILINE)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISCREPANCIES)
+def test_the_rule_that_accounts_for_a_discrepancy_is_named(name, run):
+    arrays, arguments, rules, largest = DISCREPANCIES[name]
+    code, out = run(arrays, *arguments)
+    swapped = name == "channels first"
+    assert code == 0 and ("Differs on purpose: class axis" if swapped else "Agrees in value") in out
+    assert rules_in(out) == rules
+    if largest:
+        assert f"the largest part is {largest}: " in out
+    if not rules and not swapped:
+        assert "No rule makes F.cross_entropy, as usually written, differ here." in out
+    elif not swapped:
+        left = re.search(r"What is left after all rules is rounding: (\S+)\.\n", out)
+        assert left and abs(float(left[1])) < 1e-6 * (300 if name == "a sum" else 10)
+    assert ("softmax, it used the logits under the softmax" in out) == (
+        "--from-logits" not in arguments
+    )
+
+
+def drawn(count):
+    for index in range(count):
+        case = draw(21, index)
+        reduced = case.options.get("reduction") not in ("none", None)
+        plain = case.name == LOSSES[0] and case.form == "class" and not case.as_lists and reduced
+        if plain and case.loss_dtype in ("float32", "float64") and reference(case)[0] is not None:
+            yield case
+
+
+def test_with_all_rules_f_cross_entropy_is_our_loss():
+    compared = 0
+    for case in drawn(2500):
+        mine, right = ours(case), reference(case)[0]
+        finite = np.isfinite(case.y_pred).all() and case.y_pred.size
+        if not finite or case.y_pred_dtype not in ("float32", "float64") or mine.value is None:
+            continue
+        last = steps(case)[-1]
+        if last.value is None:
+            assert last.rule == "as usually written" and not case.y_true.size
+            continue
+        assert right is not None and mine.gradient is not None and last.gradient is not None
+        # F.cross_entropy adds up other numbers in another order: 16 times their rounding.
+        unit = 2.0**-24 if case.loss_dtype == "float32" else 2.0**-53
+        size = abs(float(mine.value)) + float(right.value_scale)
+        assert last.value == pytest.approx(
+            float(mine.value), rel=0, abs=16 * unit * size + 1e-30, nan_ok=True
+        ), case
+        factor = float(np.ravel(case.upstream)[0])
+        # Its gradient loses digits where logits are far from 0.
+        gap = distance(factor * last.gradient, mine.gradient)
+        assert gap < 1e-4 or np.isnan(mine.gradient).any()
+        compared += 1
+    assert compared > 200
+
+
+def test_both_raise_for_a_bad_label_and_the_finding_says_what_to_do(run):
+    code, out = run((IGNORED, Z), "--from-logits")
+    assert code == 0 and "Agrees: both raise." in out
+    assert "pass ignore_class=-1" in out
+
+
+def test_a_deliberate_difference_is_named(run):
+    code, out = run((Y[:, :6], Z[:, :6], np.ones(6)), "--from-logits")
+    assert code == 0 and "Differs on purpose: `sample_weight` or mask `(B,)`" in out
+    assert "pass sample_weight[:, None]" in " ".join(re.sub("[│\n]", " ", out).split())
+
+
+def test_a_mismatch_is_exit_code_1(run, monkeypatch):
+    def wrong(case):
+        right = ours(case)
+        assert right.value is not None
+        return replace(right, value=right.value + 0.1)
+
+    monkeypatch.setattr(batch, "ours", wrong)
+    code, out = run((Y, Z), "--from-logits")
+    assert code == 1 and "Mismatch of" in out
+
+
+def test_the_report_is_one_file_with_tables_and_pictures(run, tmp_path):
+    report = tmp_path / "report.html"
+    code, out = run((IGNORED, P, WEIGHT, MASK), "--ignore-class", "-1", "--html", str(report))
+    page = report.read_text()
+    assert code == 0 and f"Report: {report}" in out.replace("\n", "")
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    for part in ("probabilities", "denominator", "p(label)", "Agrees in value and gradient"):
+        assert part in page
+    run((IGNORED, Z), "--from-logits", "--html", str(report))
+    assert "Agrees: both raise" in report.read_text()
+
+
+@pytest.mark.parametrize(("arrays", "arguments", "message"), [
+    ({"labels": Y, "y_pred": Z}, [], "the array y_true is missing; it has labels, y_pred"),
+    ({"y_true": Y}, [], "the array y_pred is missing; it has y_true"),
+    ({"y_true": Y, "y_pred": Z, "weights": WEIGHT}, [], "weights is none of the arrays y_true, "),
+    ({"y_true": Y[:5], "y_pred": Z}, [], r"y_true must have the shape of y_pred .* got \(5, 8\)"),
+    ({"y_true": Y, "y_pred": Y}, [], "y_pred must hold floating-point numbers, got int64"),
+    ({"y_true": Y.astype(str), "y_pred": Z}, [], "y_true must hold numbers, got <U"),
+    ({"y_true": Y, "y_pred": Z}, ["--axis", "3"], "axis must be in"),
+    ({"y_true": Y, "y_pred": Z, "mask": MASK[:3]}, [], "mask must broadcast to the losses' shape"),
+    ({"y_true": Y, "y_pred": Z}, ["--reduction", "none"], "invalid choice"),
+    ({"y_true": Y, "y_pred": Z}, ["--dtype", "int8"], "invalid"),
+    ({"y_true": Y, "y_pred": Z}, ["--html", "/no/such/folder/x.html"], "there is no folder"),
+])  # fmt: skip
+def test_wrong_usage_is_exit_code_2(arrays, arguments, message, run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(arrays, *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(message, error), error
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "there is no such file"), (b"no archive", "must be a file that np.savez wrote"),
+])  # fmt: skip
+def test_a_file_that_is_none_is_exit_code_2(content, message, tmp_path, capsys):
+    path = tmp_path / "batch.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["batch", str(path)])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_single_array_is_refused(tmp_path):
+    np.save(tmp_path / "one.npy", Y)
+    with pytest.raises(batch.Unreadable, match=r"written by np\.savez, not by np\.save"):
+        batch.read(tmp_path / "one.npy")
+
+
+def test_without_tf_keras_it_is_exit_code_3(tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise OracleError("the oracle tf.keras is not installed")
+
+    monkeypatch.setattr(batch, "LiveOracle", missing)
+    np.savez(tmp_path / "batch.npz", y_true=Y, y_pred=Z)
+    assert command.main(["batch", str(tmp_path / "batch.npz")]) == 3
+    assert "tf.keras is not installed" in capsys.readouterr().out
+
+
+def test_the_script_runs_it(tmp_path):
+    np.savez(tmp_path / "batch.npz", y_true=Y, y_pred=P)
+    script = Path(__file__).parent.parent / "scripts" / "cross_check.py"
+    line = [sys.executable, str(script), "batch", str(tmp_path / "batch.npz")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0 and "the largest part is probabilities" in done.stdout, done.stderr

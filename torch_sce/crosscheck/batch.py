@@ -1,0 +1,365 @@
+"""`cross_check.py batch FILE.npz`: one batch of a user's own, from three sides.
+
+What tf.keras, torch_sce and `F.cross_entropy` make of it, and which rule accounts for how much of
+the difference.
+"""
+
+import argparse
+import html
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..explain import Explanation, explain
+from ..losses import SparseCategoricalCrossentropy
+from ..options import check_dtype
+from ..reduction import REDUCTIONS
+from . import report
+from .answers import TARGET, Answer, LiveOracle, our_versions, ours
+from .cases import LOSSES, Batch, Case
+from .compare import MISMATCH, Verdict, judge, reference
+from .rules import Step, steps
+
+NEEDED, OPTIONAL = ("y_true", "y_pred"), ("sample_weight", "mask")
+SCALARS = tuple(each for each in REDUCTIONS if each not in ("none", None))
+# Names that `reference` has for rules.
+MISFITS = ("shape of y_true", "axis", "classes", "y_pred's dtype")
+WEIGHTS = ("shape of a weight", "weight along the wrong axis")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cross_check.py batch",
+        description="Shows what tf.keras, torch_sce and F.cross_entropy make of a batch of your "
+        "own, and which rule accounts for the difference.",
+        epilog="Write the file with np.savez(FILE, y_true=..., y_pred=..., sample_weight=..., "
+        "mask=...); the last two may be left out. Exit code: 0 torch_sce agrees with tf.keras or "
+        "differs on purpose, 1 a mismatch, 2 wrong usage, 3 no tf.keras.",
+    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE.npz")
+    add("--from-logits", action="store_true", help="y_pred holds logits, not probabilities")
+    add("--ignore-class", type=_number, metavar="LABEL", help="samples with it do not count")
+    add("--reduction", choices=SCALARS, default="sum_over_batch_size", help="(%(default)s)")
+    add("--axis", type=int, default=-1, help="the class axis of y_pred (%(default)s)")
+    add("--dtype", type=_dtype, help="the loss's dtype (float32)")
+    add("--html", type=Path, metavar="FILE", help="write a report with plots there")
+    return parser
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _dtype(text: str) -> str:
+    try:
+        return str(check_dtype(text)).removeprefix("torch.")
+    except TypeError as error:
+        raise ValueError from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that is shown."""
+
+    file: Path
+    verdict: Verdict
+    keras: Answer
+    ours: Answer
+    steps: list[Step]
+    explanation: Explanation
+    versions: dict[str, str]
+
+    @property
+    def loss(self) -> str:
+        return repr(self.explanation.loss)
+
+
+def main(arguments: Sequence[str], console: Console) -> int:
+    """Runs the comparison; the exit code says how it ended. Raises OracleError without tf.keras."""
+    line = parser()
+    options = line.parse_args(arguments)
+    if options.html is not None and not options.html.absolute().parent.is_dir():
+        line.error(f"{options.html}: there is no folder {options.html.parent}")
+    try:
+        case = _case(options, read(options.file))
+    except Unreadable as error:
+        line.error(str(error))
+    mine = ours(case)
+    if reference(case)[1] in MISFITS:
+        line.error(f"{options.file}: {mine.message}")
+    console.print(f"Starting {TARGET} ...", highlight=False)
+    with LiveOracle(TARGET) as oracle:
+        (keras,) = oracle.answers([case])
+        versions = oracle.versions | our_versions()
+    if mine.error and keras.error and reference(case)[1] in WEIGHTS:
+        line.error(f"{options.file}: {mine.message}")
+    batch = case.batch
+    given = (batch.y_true, batch.y_pred, batch.sample_weight, batch.mask)
+    found = Found(
+        options.file, judge(case, keras, mine), keras, mine, [] if mine.error else steps(case),
+        explain(SparseCategoricalCrossentropy(**case.options), *given), versions,
+    )  # fmt: skip
+    show(console, found)
+    if options.html:
+        options.html.write_text(to_html(found))
+        console.print(f"Report: {options.html}", highlight=False)
+    return 1 if found.verdict.outcome == MISMATCH else 0
+
+
+class Unreadable(Exception):
+    """What a file has wrong."""
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the file.
+
+    Raises:
+        Unreadable: there is no such file, it is no archive of arrays, or lacks or has one too many.
+    """
+    if not path.is_file():
+        raise Unreadable(f"{path}: there is no such file")
+    try:
+        stored = np.load(path, allow_pickle=False)
+        if isinstance(stored, np.ndarray):
+            raise Unreadable(f"{path}: must be written by np.savez, not by np.save")
+        with stored:
+            arrays = dict(stored)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise Unreadable(f"{path}: must be a file that np.savez wrote: {error}") from error
+    listed = f"it has {', '.join(arrays) or 'none'}"
+    for name in NEEDED:
+        if name not in arrays:
+            raise Unreadable(f"{path}: the array {name} is missing; {listed}")
+    for name, array in arrays.items():
+        if name not in (*NEEDED, *OPTIONAL):
+            raise Unreadable(
+                f"{path}: {name} is none of the arrays {', '.join(NEEDED + OPTIONAL)}; {listed}"
+            )
+        if array.dtype.kind not in ("f" if name == "y_pred" else "biuf"):
+            kind = "floating-point numbers" if name == "y_pred" else "numbers"
+            raise Unreadable(
+                f"{path}: {name} must hold {kind}, got {array.dtype}; save bfloat16 as float32"
+            )
+    return arrays
+
+
+def _case(options: argparse.Namespace, arrays: dict[str, np.ndarray]) -> Case:
+    y_pred = arrays["y_pred"]
+    weight, mask = map(arrays.get, OPTIONAL)
+    batch = Batch(arrays["y_true"], y_pred, y_pred.dtype.name, weight, mask)
+    keys = ("from_logits", "ignore_class", "reduction", "axis", "dtype")
+    return Case(
+        seed=0, index=0, name=LOSSES[0], form="class",
+        options={key: getattr(options, key) for key in keys}, batch=batch, as_lists=False,
+        upstream=np.ones(1, np.float32), features={},
+    )  # fmt: skip
+
+
+def show(console: Console, found: Found) -> None:
+    console.print(f"{found.file}: {found.loss}", style="bold", highlight=False, soft_wrap=True)
+    for line in found.explanation.arguments:
+        console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+    titles = {
+        "Three sides of the batch": _sides(found),
+        "From F.cross_entropy to tf.keras, one rule at a time": _ladder(found),
+    }
+    for title, (header, *rows) in titles.items():
+        table = Table(title=title, title_justify="left")
+        for column in header:
+            table.add_column(column, justify="right" if column in NUMBERS else "left",
+                             overflow="fold")  # fmt: skip
+        for row in rows:
+            table.add_row(*map(escape, row))
+        if rows:
+            console.print(table)
+    for sentence in _sentences(found):
+        console.print(escape(sentence), highlight=False, soft_wrap=True)
+    for finding in found.explanation.findings:
+        console.print(f"- {escape(str(finding))}", highlight=False, soft_wrap=True)
+
+
+def _sides(found: Found) -> list[list[str]]:
+    """Value and gradient from each side, and how far they are from tf.keras's."""
+    keras = found.keras
+    rows = [["", "value", "off by", "gradient", "gradient off by", ""]]
+    for who, answer in (("tf.keras", keras), ("torch_sce", found.ours)):
+        if answer.error:
+            rows.append([who, "raises", "", "", "", f"{answer.error}: {answer.message}"])
+        else:
+            assert answer.value is not None
+            rows.append([who, *_numbers(float(answer.value), answer.gradient, keras), ""])
+    for step in found.steps[:1]:
+        rows.append(["F.cross_entropy", *_numbers(step.value, step.gradient, keras),
+                     step.error or step.why])  # fmt: skip
+    return rows
+
+
+def _ladder(found: Found) -> list[list[str]]:
+    rows = [["rule", "value", "change", "gradient off by", "why"]]
+    for step, change in zip(found.steps, changes(found.steps), strict=True):
+        value, _, _, off = _numbers(step.value, step.gradient, found.keras)
+        rows.append([step.rule, value, "" if change is None else f"{change:+.6g}", off,
+                     step.error or step.why])  # fmt: skip
+    return rows if len(found.steps) > 1 else rows[:1]
+
+
+def changes(found: list[Step]) -> list[float | None]:
+    """By how much each step moves the value; None where there is none before it."""
+    values = [None, *(step.value for step in found)]
+    return [None if a is None or b is None else b - a for a, b in pairwise(values)]
+
+
+NUMBERS = ("value", "off by", "gradient", "gradient off by", "change")
+
+
+def _numbers(value: float | None, gradient: np.ndarray | None, keras: Answer) -> list[str]:
+    """The value, its distance from tf.keras's, the gradient's length, and its relative distance."""
+    if value is None:
+        return ["raises", "", "", ""]
+    if gradient is None or keras.value is None or keras.gradient is None:
+        return [f"{value:.9g}", "", "", ""]
+    length = float(np.linalg.norm(gradient))
+    return [f"{value:.9g}", f"{value - float(keras.value):.2g}", f"{length:.4g}",
+            f"{distance(gradient, keras.gradient):.2g}"]  # fmt: skip
+
+
+def distance(gradient: np.ndarray, other: np.ndarray) -> float:
+    """The length of the difference in units of the other's length."""
+    length = float(np.linalg.norm(other.astype(np.float64)))
+    gap = float(np.linalg.norm(gradient.astype(np.float64) - other))
+    return gap / length if length else gap
+
+
+def _sentences(found: Found) -> list[str]:
+    """What came of it, in words."""
+    said = [report.outcome(found.verdict)]
+    if found.keras.value is None or not found.steps:
+        return said
+    keras, first, last = float(found.keras.value), found.steps[0], found.steps[-1]
+    if len(found.steps) == 1:
+        return [*said, "No rule makes F.cross_entropy, as usually written, differ here."]
+    if first.value is None:
+        said.append(f"F.cross_entropy, as usually written, raises {first.error}")
+    moved = {s.rule: c for s, c in zip(found.steps, changes(found.steps), strict=True) if c}
+    if moved:
+        largest = max(moved, key=lambda rule: abs(moved[rule]))
+        rest = sum(map(abs, moved.values()))
+        said.append(
+            f"Of what separates F.cross_entropy, as usually written, from tf.keras the largest "
+            f"part is {largest}: {moved[largest]:+.6g}, {abs(moved[largest]) / rest:.0%} of all "
+            "changes."
+        )
+    if last.value is not None:
+        said.append(f"What is left after all rules is rounding: {last.value - keras:.2g}.")
+    if not found.explanation.loss.from_logits:
+        said.append(
+            "If tf.keras's number came from fit() or evaluate() of a model that ends in a "
+            "softmax, it used the logits under the softmax: record those, with --from-logits."
+        )
+    return said
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>$file: torch_sce and tf.keras</title>
+<style>$style</style>
+<h1>$file</h1>
+<p><code>$loss</code><br><small>$arguments<br>$versions</small></p>
+$sentences
+<h2>Three sides of the batch</h2>
+<p>The gradient is given by its length. "Off by" is the distance from tf.keras: of the value in
+nats, of the gradient in units of the length of tf.keras's.</p>
+$sides
+$ladder
+<h2>What the loss did</h2>
+$explanation
+</html>
+""")
+
+
+def to_html(found: Found) -> str:
+    """One file that needs no other."""
+    good = found.verdict.outcome != MISMATCH
+    first, *more = (html.escape(sentence) for sentence in _sentences(found))
+    ladder, plot = "", ""
+    if len(found.steps) > 1:
+        ladder = (
+            "<h2>From F.cross_entropy to tf.keras, one rule at a time</h2>"
+            + _plot(found)
+            + _table(_ladder(found))
+        )
+    if found.explanation.samples and found.verdict.case.y_true.size:
+        plot = _explained(found.explanation)
+    return PAGE.substitute(
+        style=report.STYLE,
+        file=html.escape(found.file.name),
+        loss=html.escape(found.loss),
+        arguments="<br>".join(map(html.escape, found.explanation.arguments)),
+        versions=html.escape(", ".join(f"{k} {v}" for k, v in found.versions.items())),
+        sentences=f'<p class="verdict {"good" if good else "bad"}">{first}</p>'
+        + "".join(f"<p>{sentence}</p>" for sentence in more),
+        sides=_table(_sides(found)),
+        ladder=ladder,
+        explanation=plot + found.explanation._repr_html_(),
+    )
+
+
+def _table(table: list[list[str]]) -> str:
+    classes = ["n" if name in NUMBERS else "" for name in table[0]]
+
+    def cells(tag: str, row: list[str]) -> str:
+        return "".join(
+            f'<{tag} class="{kind}">{html.escape(cell)}'
+            for kind, cell in zip(classes, row, strict=True)
+        )
+
+    rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table[1:])
+    return f"<table><tr>{cells('th', table[0])}</tr>{rows}</table>"
+
+
+def _plot(found: Found) -> str:
+    """The value after each rule, as a waterfall, and the gradients' distances."""
+    plt = report.pyplot()
+    seen = [step for step in found.steps if step.value is not None]
+    if found.keras.value is None or found.keras.gradient is None or not seen:
+        return ""
+    values = [step.value or 0.0 for step in seen]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.9 + 0.5 * (len(seen) + 1)),
+                                         layout="constrained", sharey=True)  # fmt: skip
+    names = [step.rule for step in seen]
+    left.barh(names[0], values[0], color="#8c959f")
+    for name, before, after in zip(names[1:], values, values[1:], strict=False):
+        color = "#1f6fb2" if after < before else "#d1622b"
+        left.barh(name, after - before, left=before, color=color)
+        left.annotate(f"{after - before:+.3g}", (max(before, after), name), (4, 0),
+                      textcoords="offset points", va="center", fontsize=9)  # fmt: skip
+    left.barh("tf.keras", float(found.keras.value), color="#2f7d4f")
+    left.set(xlabel="value [nats]", title="What each rule changes")
+    left.margins(x=0.15)
+    left.invert_yaxis()
+    gaps = [distance(s.gradient, found.keras.gradient) for s in seen if s.gradient is not None]
+    right.barh(names, gaps, color="#8c959f")
+    right.set(xlabel="distance / length of tf.keras's gradient", title="The gradient's distance")
+    picture = report.image(figure, "the value after each rule, and the gradient's distance")
+    plt.close(figure)
+    return picture
+
+
+def _explained(explanation: Explanation) -> str:
+    plt = report.pyplot()
+    try:
+        figure, _ = explanation.plot()
+    except ValueError:  # nothing counts
+        return ""
+    picture = report.image(figure, "losses over probabilities, and contributions")
+    plt.close(figure)
+    return picture

@@ -358,7 +358,7 @@ class TestCommand:
         assert message in out
 
     def test_a_single_case_says_what_came_of_it(self, capsys, recorded):
-        outcomes = {report._outcome(judge(c, a, ours(c))): c.index for c, a in recorded[:300]}
+        outcomes = {report.outcome(judge(c, a, ours(c))): c.index for c, a in recorded[:300]}
         for wanted in ("Agrees in value", "Agrees: both raise", "Differs on purpose: "):
             index = next(index for text, index in outcomes.items() if text.startswith(wanted))
             code, out = self.run(capsys, "--case", str(index), "--oracle", "recorded")

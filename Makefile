@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: cross-check benchmark test test-cuda lint
+.PHONY: cross-check benchmark test test-cuda notebooks lint
 
 # Compares with the real tf.keras. Options go into ARGS: make cross-check ARGS="--cases 10000"
 cross-check: $(READY)
@@ -19,6 +19,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_kernels.py tests/test_cuda.py \
 		tests/test_crosscheck.py::test_every_path_agrees_with_keras
+
+# Executes the notebooks, some minutes; ARGS=--overwrite keeps what they print and draw.
+notebooks: $(READY)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks/*.ipynb $(ARGS)
 
 # The rows on a GPU, and what only a GPU can show; tf.keras's answers are on file.
 test-cuda: $(READY)

@@ -31,6 +31,13 @@ def test_both_sides_of_the_first_screen_print_the_same_number():
     assert README.index(SNIPPETS[1]) < 1500
 
 
+def test_what_explain_prints_is_what_it_prints():
+    (snippet,) = [snippet for snippet in SNIPPETS if "explain(" in snippet]
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert f"```\n{names['found']}\n```" in README
+
+
 ROWS = re.findall(r"^\| [^|]* \| [^|]* \| `([^`|]*)` \| `(.*)` \|$", README, re.MULTILINE)
 
 

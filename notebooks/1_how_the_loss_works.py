@@ -117,6 +117,8 @@ assert abs(softmax_first.item() - from_logits.item()) <= 2**-23  # one rounding 
 # tf.keras says the same, to the last digit. It prints the first number for the softmax, too: where
 # it is handed the result of a softmax, it finds the logits underneath and uses those. Only an array
 # that has lost its origin is taken for plain probabilities. PyTorch cannot look behind a tensor.
+# For these two samples that makes no difference; for logits that are far apart it does: 100 is the
+# loss of the logits [50, 0, -50] with the label 2, and 16.118 what is left of it in probabilities.
 
 # %%
 KerasLoss = tf.keras.losses.SparseCategoricalCrossentropy
@@ -124,6 +126,10 @@ y_true, z = labels.numpy(), tf.constant(logits.numpy())
 print("from_logits=True           ", float(KerasLoss(from_logits=True)(y_true, z)))
 print("softmax first              ", float(KerasLoss()(y_true, tf.nn.softmax(z))))
 print("softmax first, as an array ", float(KerasLoss()(y_true, tf.nn.softmax(z).numpy())))
+
+far = tf.constant([[50.0, 0.0, -50.0]])
+print("far apart, softmax first   ", float(KerasLoss()(np.array([2]), tf.nn.softmax(far))))
+print("far apart, as an array     ", float(KerasLoss()(np.array([2]), tf.nn.softmax(far).numpy())))
 assert float(KerasLoss(from_logits=True)(y_true, z)) == from_logits.item()
 assert float(KerasLoss()(y_true, tf.nn.softmax(z))) == from_logits.item()
 

@@ -226,8 +226,9 @@ line = [alphabet[i] for i in y[0, 49:]]
 fig, ax = plt.subplots(figsize=(9, 2.6))
 ax.bar(range(len(line)), costs, color=OURS)
 ax.set_xticks(range(len(line)), [c if c != "\n" else "\u21b5" for c in line], family="monospace")
-ax.axhline(uniform, color=OTHER, ls="--")
+ax.axhline(uniform, color=OTHER, ls="--", label=f"all characters alike, ln {V}")
 ax.set(xlabel="character", ylabel="loss (nats)", title="The loss of each character of a line")
+ax.legend(loc="upper right", bbox_to_anchor=(1, 0.94), frameon=False)
 ax.margins(x=0.01)
 plt.show()
 

@@ -113,7 +113,7 @@ def test_what_does_not_count_is_shown_as_such():
     assert "6 samples, 4 of them count (ignore_class=-1 and the mask)" in text
     assert re.search(r"\(0, 2\) +-1 +- +- +- +2 +0 +0\n", text)
     assert re.search(r"\(1, 1\) +7 +- +- +- +0.5 +0 +0\n", text)
-    assert "the sum of weight * mask * loss" in text
+    assert "the sum of weight * loss over the samples that count\n" in text
 
 
 @pytest.mark.parametrize(("reduction", "numerator", "denominator", "words"), [
@@ -121,7 +121,7 @@ def test_what_does_not_count_is_shown_as_such():
     ("sum_over_batch_size", 3.5, 3, "the number of samples that count, not of their weights"),
     ("mean", 3.5, 3, "the number of samples that count"),
     ("auto", 3.5, 3, "the number of samples that count"),
-    ("mean_with_sample_weight", 3.5, 3.5, "the sum of weight * mask"),
+    ("mean_with_sample_weight", 3.5, 3.5, "the sum of the weights that count\n"),
     ("none", None, None, "there is no reduction"),
 ])  # fmt: skip
 def test_the_steps_of_each_reduction(reduction, numerator, denominator, words):
@@ -132,11 +132,27 @@ def test_the_steps_of_each_reduction(reduction, numerator, denominator, words):
     assert found.numerator == (None if numerator is None else pytest.approx(3.5 * np.log(4)))
 
 
+@pytest.mark.parametrize(("reduction", "weight", "mask", "denominator", "words"), [
+    ("mean", None, [0.5, 0.25, 1, 0], 1.75, "the sum of the mask"),
+    ("mean", None, [1, 1, 1, 0], 3, "the number of samples that count\n"),
+    ("mean_with_sample_weight", None, None, 4, "the number of samples\n"),
+    ("mean_with_sample_weight", [2, 0.5, 1, 1], None, 4.5, "the sum of the weights\n"),
+    ("mean_with_sample_weight", [2.0], None, 2, "the sum of the weights, as they were given"),
+    ("mean_with_sample_weight", None, [0.5, 1, 1, 0], 2.5, "the sum of the mask"),
+    ("mean_with_sample_weight", None, [1, 1, 1, 0], 3, "the number of samples that count"),
+])  # fmt: skip
+def test_the_denominator_is_said_in_words(reduction, weight, mask, denominator, words):
+    y, z = LABELS[:4], LOGITS[:4]
+    found = explain(logits_loss(reduction=reduction), y, z, weight, mask)
+    (line,) = [line for line in str(found).splitlines() if line.startswith("denominator")]
+    assert found.denominator == denominator and words in line + "\n"
+
+
 def test_a_long_batch_is_summarised():
     y, z = LABELS.repeat(100), LOGITS.repeat(100, 1) + torch.arange(6400)[:, None] % 7
     found = explain(logits_loss(), y, z)
     lines = str(found).splitlines()
-    assert len(lines) < 30 and "... 6388 of 6400 samples are left out." in lines
+    assert len(lines) < 30 and "... 6388 of 6400 samples are not shown." in lines
     losses = found.samples["loss"]
     shown = [float(line.split()[4]) for line in lines if re.match(r" *\d+ +\d", line)]
     assert len(shown) == 12
@@ -157,7 +173,7 @@ BATCH_OF_SEQUENCES = SEQUENCES.argmax(1)
 PLANTED = {
     "logits passed as probabilities": (
         SparseCategoricalCrossentropy(), LABELS, LOGITS, {},
-        r"gradient is exactly zero for 6\d\.\d% of them.* label of \d\d\.\d% .*from_logits=True"),
+        r"exactly zero for 6\d\.\d% of all predictions.* label of \d\d\.\d% .*from_logits=True"),
     "probabilities passed as logits": (
         logits_loss(), LABELS, PROBABILITIES, {}, r"cannot fall below 1\.461"),
     "labels out of range": (
@@ -197,6 +213,11 @@ PLANTED = {
         SparseCategoricalCrossentropy(), LABELS, (30 * LOGITS).softmax(-1), {},
         r"capped near 16\.1 and their gradient is exactly zero"),
     "one class": (logits_loss(), [0, 0], [[3.0], [-1.0]], {}, "use binary cross-entropy"),
+    "a mask that is none": (
+        logits_loss(), LABELS, LOGITS, {"mask": -(torch.arange(64) % 2)}, "run from -1 to 0"),
+    "arguments that do not fit": (
+        logits_loss(), LABELS[:60].reshape(6, 10), LOGITS[:60].reshape(6, 10, 10),
+        {"sample_weight": torch.ones(6)}, r"pass sample_weight\[:, None\]"),
     "targets that are no distribution": (
         CategoricalCrossentropy(from_logits=True), ONE_HOT * 3, LOGITS, {}, "from 3 to 3"),
 }  # fmt: skip
@@ -215,7 +236,7 @@ AT_SOME_SAMPLES = (
     "labels that look like an ignore value", "labels that are not whole",
     "probabilities that do not sum to 1", "a softmax along the wrong axis",
     "predictions that are not finite", "labels that the predictions exclude",
-    "weights that are not finite", "weights whose mean is far from 1", "a saturated softmax",
+    "weights whose mean is far from 1", "a saturated softmax",
 )  # fmt: skip
 
 
@@ -301,12 +322,123 @@ def test_a_batch_that_could_be_read_either_way_is_only_noted():
 
 
 def test_weights_of_0_and_1_are_told_from_a_mask():
-    weight = (torch.arange(64) < 8).float()
+    weight = (torch.arange(64) < 6).float()
     found = explain(logits_loss(), LABELS, LOGITS, sample_weight=weight)
     assert wrong(found) == ["weights whose mean is far from 1"]
     assert "pass them as mask=" in str(found)
     divided = logits_loss(reduction="mean_with_sample_weight")
     assert wrong(explain(divided, LABELS, LOGITS, sample_weight=weight)) == []
+
+
+QUIET = {
+    "labels fit both axes alike": (
+        logits_loss(), torch.arange(20).repeat(4, 1), 8 * torch.eye(20).repeat(4, 1, 1), {}),
+    "few samples by chance on another axis": (
+        logits_loss(), SEQUENCES[:1].argmax(1), 5 * SEQUENCES[:1], {}),
+    "three small weights": (
+        logits_loss(), LABELS[:3], LOGITS[:3], {"sample_weight": torch.tensor([0.2, 0.3, 0.1])}),
+    "confident and wrong": (logits_loss(), LABELS, LOGITS - 80 * ONE_HOT, {}),
+    "impossible classes": (
+        logits_loss(), LABELS, LOGITS.masked_fill(ONE_HOT.roll(1, 1).bool(), -torch.inf), {}),
+    "bfloat16 probabilities, widened": (
+        SparseCategoricalCrossentropy(), LABELS, LOGITS.bfloat16().softmax(-1).float(), {}),
+    "bfloat16 targets": (
+        CategoricalCrossentropy(from_logits=True), LOGITS.bfloat16().softmax(-1), LOGITS, {}),
+    "two decimals": (SparseCategoricalCrossentropy(), [1], [[0.33, 0.33, 0.33]], {}),
+    "focal weights": (
+        logits_loss(), LABELS, LOGITS, {"sample_weight": (1 - PROBABILITIES.max(1).values) ** 2}),
+    "small whole logits": (logits_loss(), [0, 1], [[0.0, 1.0], [1.0, 0.0]], {}),
+    "big-endian weights": (
+        logits_loss(), LABELS, LOGITS, {"sample_weight": np.ones(64, ">f4")[::-1]}),
+    "no samples": (logits_loss(), LABELS[:0], LOGITS[:0], {}),
+    "one number for each weight": (logits_loss(), LABELS, LOGITS, {"sample_weight": 0.01}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_what_may_be_right_raises_no_alarm(name):
+    loss, y_true, y_pred, others = QUIET[name]
+    found = explain(loss, y_true, y_pred, **others)
+    assert wrong(found) == [] and found.error == "", str(found)
+
+
+MORE = {
+    "logits run too far apart": (
+        logits_loss(), LABELS, LOGITS - 200 * ONE_HOT, {}, "a saturated softmax"),
+    "an infinite prediction": (
+        logits_loss(), LABELS, LOGITS.masked_fill(LOGITS > 3, torch.inf), {},
+        "predictions that are not finite"),
+    "a class too few": (
+        logits_loss(), torch.where(torch.arange(64) < 9, 10, LABELS), LOGITS, {},
+        "labels out of range"),
+    "labels that start at 1, with 255 classes": (
+        logits_loss(), torch.arange(1, 256), torch.randn(255, 255), {}, "labels that start at 1"),
+    "one stray label": (
+        logits_loss(), torch.where(torch.arange(64) == 9, 12, LABELS), LOGITS, {},
+        "labels out of range"),
+    "one-hot, with padding": (
+        logits_loss(), ONE_HOT * (torch.arange(64) < 50)[:, None], LOGITS, {}, "one-hot labels"),
+    "an impossible class that has a target of 0": (
+        CategoricalCrossentropy(from_logits=True), ONE_HOT,
+        LOGITS.masked_fill(ONE_HOT.roll(1, 1).bool(), -torch.inf), {},
+        "a value that is not finite"),
+    "a NaN weight where nothing counts": (
+        logits_loss(), LABELS, LOGITS,
+        {"sample_weight": WITH_NAN[:, 4], "mask": ~WITH_NAN[:, 4].isnan()},
+        "a value that is not finite"),
+    "weights of 0, not divided by": (
+        logits_loss(reduction="sum"), LABELS, LOGITS, {"sample_weight": torch.zeros(64)},
+        "weights that are all 0"),
+    "half precision probabilities": (
+        logits_loss(), LABELS, LOGITS.bfloat16().softmax(-1).float(), {},
+        "probabilities passed as logits"),
+    "probabilities in a padded batch": (
+        logits_loss(ignore_class=-100), torch.where(torch.arange(64) < 40, LABELS, -100),
+        torch.where(torch.arange(64)[:, None] < 40, PROBABILITIES, LOGITS), {},
+        "probabilities passed as logits"),
+    "probabilities, channels first": (
+        logits_loss(axis=1), LABELS.reshape(8, 8), PROBABILITIES.reshape(8, 8, 10).movedim(-1, 1),
+        {}, "probabilities passed as logits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_mistake_in_another_form_is_found_too(name):
+    loss, y_true, y_pred, others, finding = MORE[name]
+    found = explain(loss, y_true, y_pred, **others)
+    assert wrong(found) == [finding], str(found)
+
+
+def test_the_place_of_a_finding_has_every_axis():
+    z = torch.zeros(2, 5, 3, 4)
+    z[1, 2, 1, 3] = torch.nan
+    (finding,) = explain(logits_loss(axis=2), torch.zeros(2, 5, 4).long(), z).findings
+    assert "the first in sample (1, 2, 3)." in finding.evidence
+
+
+NOTES = {
+    "weights of 0": (torch.arange(64) % 2).float(),
+    "negative weights": torch.linspace(-2, 2, 64),  # as the advantages of a policy gradient
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_weights_that_may_be_right_are_only_noted(name):
+    found = explain(logits_loss(), LABELS, LOGITS, sample_weight=NOTES[name])
+    assert wrong(found) == [] and [finding.name for finding in found.findings] == [name]
+    assert "Good to know:" in str(found) and "32 of 64" in str(found)
+
+
+def test_the_mends_for_labels_from_1_with_a_void_work_in_any_order():
+    void = torch.arange(64) % 7 == 0
+    labels = torch.where(void, 255, ONE_BASED)
+    found = explain(logits_loss(), labels, LOGITS)
+    assert wrong(found) == ["labels that look like an ignore value", "labels that start at 1"]
+    ignoring = logits_loss(ignore_class=255)
+    for loss in (logits_loss(), ignoring):
+        mend = explain(loss, labels, LOGITS).findings[-1].mend
+        assert mend == "Subtract 1: pass torch.where(y_true == 255, 255, y_true - 1)."
+    assert wrong(explain(ignoring, torch.where(void, 255, labels - 1), LOGITS)) == []
 
 
 def test_where_the_loss_raises_it_says_why():
@@ -317,7 +449,11 @@ def test_where_the_loss_raises_it_says_why():
     )
     assert "raises ValueError" in found._repr_html_()
     swapped = explain(logits_loss(), LOGITS, LABELS)
-    assert "labels and predictions are exchanged" in str(swapped) and wrong(swapped) == []
+    assert wrong(swapped) == ["arguments that do not fit"]
+    assert " ".join(str(swapped).split()).count("labels and predictions are exchanged") == 1
+    assert "y_true (64, 10) float32: does not fit y_pred" in str(
+        explain(logits_loss(), LOGITS, LOGITS)
+    )
     assert "TypeError: y_pred must hold numbers" in explain(logits_loss(), [1], ["a"]).error
     with pytest.raises(ValueError, match="there is nothing to plot: ValueError: y_true must hold"):
         found.plot()

@@ -54,7 +54,7 @@ def test_its_scripts_run_and_print_what_they_say(tmp_path):
 
 def printed_command():
     (line,) = re.findall(
-        r'print\("(python scripts/cross_check.py .*)"\)', SCRIPTS["train_torch.py"]
+        r'print\("(\.venv/bin/python scripts/cross_check.py .*)"\)', SCRIPTS["train_torch.py"]
     )
     return line.split()
 

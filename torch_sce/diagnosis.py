@@ -32,8 +32,10 @@ from .reduction import MEANS, align, combine_masks
 Loss = SparseCategoricalCrossentropy | CategoricalCrossentropy
 
 IGNORE_VALUES = (-1, -100, 255)  # of Keras and NumPy, of PyTorch, of segmentation maps
-FAR = 3.0  # a mean weight above this or below its inverse is no matter of chance
+FAR, TOO_FAR = 3.0, 10.0  # a mean weight this far from 1 is no matter of chance; a mistake
 CONFIDENT = 0.999
+FEW = 8  # fewer rows prove little
+OFF = 2e-2  # sums of probabilities that bfloat16 has rounded stay nearer to 1 than this
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class Finding:
     is_wrong: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.evidence} {self.mend}"
+        return f"{self.name}: {self.evidence} {self.mend}".strip()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The arguments of a call, and what the checks look at."""
 
@@ -63,6 +65,7 @@ class Batch:
     all_labels: Tensor | None  # as given, in the losses' shape; None if theirs does not fit
     targets: Tensor | None  # (N, C), None if there are none or their shape does not fit
     weight: Tensor | None  # (N,), None if there are none, or one for all
+    mask: Tensor | None  # as given, in the losses' shape, or one that broadcasts to it
 
     @property
     def classes(self) -> int:
@@ -75,23 +78,27 @@ class Batch:
 
     @property
     def tolerance(self) -> float:
-        """How far sums of probabilities may be from 1. One row is little evidence."""
+        """How far the sums of rows may be from 1 if they are to show that these are probabilities.
+
+        Many rows may have been rounded to half precision; a few logits might come near by chance.
+        """
         half = self.y_pred.dtype in HALVES or self.loss.dtype in HALVES
-        if len(self.rows) > 1 or self.classes > 3:
-            return 1e-2 if half else 1e-3
-        return 5e-3 if half else 1e-5
+        if len(self.rows) >= FEW or half:
+            return 1e-2 if len(self.rows) > 1 else 5e-3
+        return 1e-3 if len(self.rows) > 1 or self.classes > 3 else 1e-5
 
     def position(self, flags: Tensor) -> str:
         """Where the first of these samples is."""
         place = self.counted.nonzero()[flags.nonzero()[0, 0]].tolist()
         return str(tuple(place) if len(place) != 1 else place[0])
 
-    def are_distributions(self, rows: Tensor) -> bool:
+    def are_distributions(self, rows: Tensor, tolerance: float | None = None) -> bool:
         """Whether each row could be the result of a softmax."""
+        tolerance = self.tolerance if tolerance is None else tolerance
         low, high = rows.aminmax()
-        if not (low >= 0 and high <= 1 + self.tolerance):
+        if not (low >= 0 and high <= 1 + tolerance):
             return False
-        return (rows.sum(-1) - 1).abs().max().item() <= self.tolerance
+        return (rows.sum(-1) - 1).abs().max().item() <= tolerance
 
     def another(self, **options: Any) -> Loss:
         """A loss that differs in these options."""
@@ -124,16 +131,18 @@ def batch_of(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Batch | None:
             labels = labels_for(given, predictions, axis)
     elif given.shape == predictions.shape:
         targets = given.movedim(axis, -1).to(x.dtype)
-    mask = _aligned("mask", mask, shape)
+    mask = own_mask = _aligned("mask", mask, shape)
     if labels is not None and isinstance(loss, SparseCategoricalCrossentropy):
         mask = combine_masks(mask, not_ignored(labels, loss.ignore_class))
     counted = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().expand(shape)
     weight = _aligned("sample_weight", sample_weight, shape)
     return Batch(
-        loss, arguments, given, predictions, axis, counted, x[counted],
+        loss, arguments, given, predictions, axis, counted,
+        rows=x.reshape(-1, x.shape[-1]) if counted.all() else x[counted],
         all_labels=labels,
         targets=None if targets is None else targets[counted],
         weight=None if weight is None or weight.numel() < 2 else weight.expand(shape)[counted],
+        mask=own_mask,
     )  # fmt: skip
 
 
@@ -187,7 +196,8 @@ def _not_finite(batch: Batch) -> Iterator[Finding]:
     y = _known(batch)
     if y is not None and allowed:
         at_label = batch.rows.gather(1, y.clamp(0)[:, None])[:, 0]
-        impossible = (y >= 0) & (at_label == -math.inf)
+        possible = batch.rows.max(1).values > -math.inf
+        impossible = (y >= 0) & (at_label == -math.inf) & possible & ~bad.any(1)
         if impossible.any():
             yield Finding(
                 "labels that the predictions exclude",
@@ -206,15 +216,15 @@ def _not_finite(batch: Batch) -> Iterator[Finding]:
 
 def _logits_as_probabilities(batch: Batch) -> Iterator[Finding]:
     rows = _finite(batch)
-    if batch.loss.from_logits or not rows.numel() or rows.min() >= -batch.tolerance:
+    if batch.loss.from_logits or not rows.numel() or rows.min() >= -OFF:
         return
     outside = int(((rows < 0) | (rows > 1)).sum())
     evidence = f"{outside / rows.numel():.1%} of the predictions are below 0 or above 1."
     stuck = _stuck(batch)
     if stuck is not None:
         evidence += (
-            f" The gradient is exactly zero for {stuck[0]:.1%} of them, and for the own label of "
-            f"{stuck[1]:.1%} of the samples, which can never learn it."
+            f" The gradient is exactly zero for {stuck[0]:.1%} of all predictions, and for the own "
+            f"label of {stuck[1]:.1%} of the samples, which can never learn it."
         )
     mend = "Pass from_logits=True"
     with suppress(ValueError, TypeError):
@@ -238,35 +248,47 @@ def _stuck(batch: Batch) -> tuple[float, float] | None:
     (gradient,) = torch.autograd.grad(total, rows)
     is_zero = gradient == 0
     at_label = is_zero.gather(1, y[known][:, None])
-    return is_zero.double().mean().item(), at_label.double().mean().item()
+    return _mean(is_zero), _mean(at_label)
 
 
 def _probabilities_as_logits(batch: Batch) -> Iterator[Finding]:
     rows, classes = batch.rows, batch.classes
     if not batch.loss.from_logits or not rows.numel() or classes == 1:
         return
-    if not batch.are_distributions(rows):
-        return
     floor = math.log(math.e + classes - 1) - 1
-    yield Finding(
-        "probabilities passed as logits",
-        f"all {len(rows)} rows lie in [0, 1] and sum to 1, so softmax is applied twice: for "
-        f"{classes} classes the loss cannot fall below {floor:.4g}, however good the model.",
-        "Leave the softmax out of the model, which is best, or pass from_logits=False.",
-    )
+    low, high = rows.aminmax()
+    if batch.are_distributions(rows):
+        by_hand = len(rows) < FEW and bool((2 * rows == (2 * rows).round()).all())
+        yield Finding(
+            "probabilities passed as logits",
+            f"all {len(rows)} rows lie in [0, 1] and sum to 1, so softmax is applied twice: for "
+            f"{classes} classes the loss cannot fall below {floor:.4g}, however good the model.",
+            "Leave the softmax out of the model, which is best, or pass from_logits=False.",
+            is_wrong=not by_hand,  # 0, 1/2 and 1 could be anything
+        )
+    elif low >= 0 and high <= 1 and high - low > 0.5 and len(rows) >= FEW:
+        yield Finding(
+            "logits between 0 and 1",
+            f"they run from {_low_high(rows)}; while they stay in [0, 1], the loss for {classes} "
+            f"classes cannot fall below {floor:.4g}.",
+            "If they come from a sigmoid, leave it out of the model.",
+            is_wrong=False,
+        )
 
 
 def _not_normalised(batch: Batch) -> Iterator[Finding]:
     rows = _finite(batch)
-    if batch.loss.from_logits or not rows.numel() or rows.min() < -batch.tolerance:
+    if batch.loss.from_logits or not rows.numel() or rows.min() < -OFF:
         return
     sums = rows.sum(1)
-    if (sums - 1).abs().max() <= batch.tolerance:
+    if (sums - 1).abs().max() <= OFF:
         return
     for axis in range(batch.y_pred.ndim):
         if axis == batch.axis or batch.y_pred.shape[axis] == 1:
             continue
-        if batch.are_distributions(batch.y_pred.movedim(axis, -1).to(rows.dtype)):
+        others = batch.y_pred.movedim(axis, -1).flatten(0, -2).to(rows.dtype)
+        others = others[~others.sum(1).isnan()]
+        if len(others) and batch.are_distributions(others):
             yield Finding(
                 "a softmax along the wrong axis",
                 f"the predictions sum to 1 along axis {axis}, but the loss has its classes on "
@@ -280,7 +302,7 @@ def _not_normalised(batch: Batch) -> Iterator[Finding]:
         f"the sums run from {_low_high(sums)}. The loss divides by them"
         + (
             ", so predictions that only grow together change nothing."
-            if rows.max() <= 1 + batch.tolerance
+            if rows.max() <= 1 + OFF
             else f", and the predictions reach {rows.max():.4g}."
         ),
         "If they are logits or scores, pass from_logits=True; if they come from a sigmoid for "
@@ -304,7 +326,7 @@ def _saturated(batch: Batch) -> Iterator[Finding]:
                 "Such logits come from inputs or weights that are far too large: look at the "
                 "inputs' scale, the initial weights and the learning rate.",
             )
-    elif batch.are_distributions(rows):
+    elif batch.are_distributions(rows, OFF):
         low, _ = CLIP[batch.loss.dtype]
         lost = (y >= 0) & (at_label < low) & (largest > CONFIDENT)
         if lost.any():
@@ -314,7 +336,7 @@ def _saturated(batch: Batch) -> Iterator[Finding]:
                 f"{low:.3g} and another class more than {CONFIDENT}: their loss is capped near "
                 f"{-math.log(low):.1f} and their gradient is exactly zero at the label.",
                 "From logits, with from_logits=True, they would count and learn.",
-                is_wrong=bool(lost.sum() >= 0.1 * len(rows)),
+                is_wrong=bool(lost.sum() >= 0.25 * len(rows)),
             )
 
 
@@ -346,8 +368,9 @@ def _one_hot(batch: Batch) -> Iterator[Finding]:
         return
     if batch.labels is not None or y.shape != batch.y_pred.shape or y.ndim < 2:
         return
-    targets = y.movedim(batch.axis, -1).double()
-    if not batch.are_distributions(targets):
+    targets = y.movedim(batch.axis, -1).flatten(0, -2).double()
+    targets = targets[targets.sum(1) != 0]  # padding may have no 1
+    if not len(targets) or not batch.are_distributions(targets, OFF):
         return
     if ((targets == 0) | (targets == 1)).all():
         yield Finding(
@@ -378,8 +401,10 @@ def _labels_outside(batch: Batch) -> Iterator[Finding]:
     )
     marks = [v for v in values if v in map(str, IGNORE_VALUES) and v != str(classes)]
     inside, rest = y[~bad], [v for v in values if v not in marks]
-    if not marks and len(rest) == 1 and rest[0] not in (str(classes), "nan"):
-        marks, rest = rest, []
+    often = bad.sum() >= 3 and _mean(bad) >= 0.05
+    if not marks and len(rest) == 1 and (rest[0][0] == "-" or (often and rest[0] != str(classes))):
+        marks = [v for v in rest if v.lstrip("-").isdecimal() and len(v) < 7]
+        rest = [v for v in rest if v not in marks]
     for mark in marks[:1]:
         yield Finding(
             "labels that look like an ignore value",
@@ -387,14 +412,20 @@ def _labels_outside(batch: Batch) -> Iterator[Finding]:
             f"If {mark} marks samples to leave out, pass ignore_class={mark}.",
         )
     if rest == [str(classes)] and not (inside < 1).any():
-        yield Finding("labels that start at 1", evidence, "Subtract 1: pass y_true - 1.")
+        ignored = getattr(batch.loss, "ignore_class", None)
+        kept = marks[0] if marks else ignored
+        mend = (
+            "y_true - 1" if kept is None else f"torch.where(y_true == {kept}, {kept}, y_true - 1)"
+        )
+        yield Finding("labels that start at 1", evidence, f"Subtract 1: pass {mend}.")
     elif rest or len(marks) > 1:
         top = int(y.max()) + 1
+        needed = f"; labels from 0 to {top - 1} need {top}" if classes < top < 2**31 else ""
         yield Finding(
             "labels out of range",
             evidence,
-            f"The predictions have {classes} classes on axis {batch.axis}; labels from 0 to "
-            f"{top - 1} need {top}. What does not count belongs under a mask.",
+            f"There are predictions for {classes} on axis {batch.axis}{needed}. Class numbers "
+            "start at 0, and what does not count belongs under a mask.",
         )
 
 
@@ -424,9 +455,9 @@ def _other_axis(batch: Batch) -> Iterator[Finding]:
         if here is None or there is None:
             continue
         gap = here - there
-        noise = gap.std().item() / math.sqrt(max(len(gap), 1))
-        better = there.mean() < 0.8 * math.log(classes) and gap.mean() > 5 * noise
-        if better and len(gap) >= 30:
+        noise = gap.std(unbiased=False) / math.sqrt(max(len(gap), 1))
+        better = there.mean() < 0.8 * min(math.log(classes), here.mean().item())
+        if better and gap.mean() > 5 * noise and len(gap) >= 30:
             yield Finding(
                 "classes on another axis",
                 f"axes {axis} and {other} of y_pred both have {classes} entries, and the labels "
@@ -456,13 +487,38 @@ def _mean_loss(batch: Batch, axis: int) -> Tensor | None:
 
 def _weights(batch: Batch) -> Iterator[Finding]:
     weight = batch.weight
-    if weight is None or not len(weight) or batch.loss.reduction not in MEANS:
+    if weight is None or not len(weight):
+        return
+    if (weight == 0).all():
+        yield Finding(
+            "weights that are all 0",
+            f"all {len(weight)} samples that count have the weight 0, so the loss is 0.",
+            "Look where the weights come from.",
+        )
+    if batch.loss.reduction not in MEANS or (weight == 0).all():
+        return
+    if (weight == 0).any():
+        yield Finding(
+            "weights of 0",
+            f"{_share(weight == 0)} of the samples that count have the weight 0: they add nothing, "
+            "but the mean counts them.",
+            "To leave samples out of both, pass a mask or an ignore_class.",
+            is_wrong=False,
+        )
+    if (weight < 0).any():
+        yield Finding(
+            "negative weights",
+            f"{_share(weight < 0)} of the samples that count have a negative weight: training "
+            "makes their loss larger.",
+            "That is right for a policy gradient; otherwise look where the weights come from.",
+            is_wrong=False,
+        )
         return
     low, high = weight.aminmax()
     mean = weight.double().mean().item()
     enough = len(weight) >= 8 or low > FAR or high < 0.1
     alike = ((weight > 1) if mean > 1 else (weight < 1)).double().mean() >= 0.6
-    if not (math.isfinite(mean) and enough and alike) or 1 / FAR <= abs(mean) <= FAR:
+    if not (math.isfinite(mean) and enough and alike) or 1 / FAR <= mean <= FAR:
         return
     mend = (
         'Weights with a mean of 1 keep the loss\'s scale; reduction="mean_with_sample_weight" '
@@ -478,12 +534,26 @@ def _weights(batch: Batch) -> Iterator[Finding]:
         f"{_low_high(weight)}). The mean divides by the number of samples, not by the weights, so "
         "it scales the loss and the gradient as a learning rate does.",
         mend,
+        is_wrong=not 1 / TOO_FAR <= mean <= TOO_FAR,
     )
+
+
+def _mask(batch: Batch) -> Iterator[Finding]:
+    mask = batch.mask
+    if mask is None or mask.dtype == torch.bool or not mask.numel():
+        return
+    if not ((mask >= 0) & (mask <= 1)).all():
+        yield Finding(
+            "a mask that is none",
+            f"its values run from {_low_high(mask)}, and what is not 0 counts.",
+            "A mask is 1 or True where a sample counts, and 0 elsewhere: pass mask == 1, or "
+            "whatever says so; weights go into sample_weight.",
+        )
 
 
 def _targets(batch: Batch) -> Iterator[Finding]:
     targets = batch.targets
-    if targets is None or not targets.numel() or batch.are_distributions(targets):
+    if targets is None or not targets.numel() or batch.are_distributions(targets, OFF):
         return
     yield Finding(
         "targets that are no distribution",
@@ -505,7 +575,12 @@ def _known(batch: Batch) -> Tensor | None:
 
 
 def _finite(batch: Batch) -> Tensor:
-    return batch.rows[~batch.rows.isnan().any(1)]
+    whole = ~batch.rows.sum(1).isnan()  # two infinities may hide a row, too
+    return batch.rows if whole.all() else batch.rows[whole]
+
+
+def _mean(flags: Tensor) -> float:
+    return int(flags.count_nonzero()) / max(flags.numel(), 1)
 
 
 def _share(flags: Tensor) -> str:
@@ -533,6 +608,7 @@ CHECKS: tuple[Callable[[Batch], Iterator[Finding]], ...] = (
     _saturated,
     _one_class,
     _weights,
+    _mask,
     _targets,
     _many_classes,
 )

@@ -1,17 +1,18 @@
 """What the loss did with one batch, step by step, and what looks wrong in it.
 
     from a sample to its loss:     p = the probability of its label,  loss = -log p
-    from losses to the result:     numerator = sum of weight * mask * loss
+    from losses to the result:     numerator = sum of factor * loss
                                    result = numerator / denominator
-    from a sample to the result:   contribution = weight * mask * loss / denominator
+    from a sample to the result:   contribution = factor * loss / denominator
 
-So the contributions add up to the result. `reduction` has the rules for the denominator,
-`diagnosis` those for what looks wrong.
+So the contributions add up to the result. The factor is made of the weight and the mask;
+`reduction` has the rules for it and for the denominator, `diagnosis` those for what looks wrong.
 """
 
 import html
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +21,22 @@ import torch
 from torch import Tensor
 
 from .diagnosis import Batch, Finding, Loss, batch_of, findings
-from .functional import CLIP, ArrayLike, class_numbers
+from .functional import (
+    CLIP,
+    ArrayLike,
+    class_numbers,
+    sparse_categorical_crossentropy,
+    to_tensor,
+)
 from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
-from .reduction import fraction
+from .reduction import MEANS, fraction
 
 SHOWN = 12  # a longer batch is summarised by so many samples
+CELL = "style='text-align:right;padding:.1em .7em'"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """What `explain` returns: print it, show it in a notebook, or look at its parts.
 
@@ -44,6 +52,7 @@ class Explanation:
             loss raises.
         findings: what looks wrong, and what is good to know. Each has a `name`, the `evidence`,
             the `mend`, and `is_wrong`.
+        arguments: what each argument is and is taken for, in words.
     """
 
     loss: Loss
@@ -53,7 +62,9 @@ class Explanation:
     numerator: float | None = None
     denominator: float | None = None
     findings: tuple[Finding, ...] = ()
-    arguments: tuple[str, ...] = ()  # what they are, in words
+    arguments: tuple[str, ...] = ()
+    added: str = ""  # what the numerator is, and the denominator, in words
+    divided_by: str = ""
 
     def __str__(self) -> str:
         lines = [self._headline(), *(f"  {line}" for line in self.arguments), ""]
@@ -66,10 +77,9 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         header, *rows = self._table() if self.samples else [[]]
-        cells = "".join(f"<th style='text-align:right'>{html.escape(name)}</th>" for name in header)
+        cells = "".join(f"<th {CELL}>{html.escape(name)}</th>" for name in header)
         body = "".join(
-            "<tr>" + "".join(f"<td style='text-align:right'>{cell}</td>" for cell in row) + "</tr>"
-            for row in rows
+            "<tr>" + "".join(f"<td {CELL}>{cell}</td>" for cell in row) + "</tr>" for row in rows
         )
         found = "".join(
             f"<p style='border-left:4px solid {'#c62828' if f.is_wrong else '#8c959f'};"
@@ -120,10 +130,12 @@ class Explanation:
                       alpha=0.9 if seen.sum() < 99 else 0.3, color="#1f6fb2", zorder=3,
                       label="samples")  # fmt: skip
         mean = losses[seen].mean() if seen.any() else np.nan
-        panel.axhline(mean, color="#d1622b", lw=1.2, label=f"their mean, {mean:.4g}")
+        plain = "unweighted " if (self.samples["weight"] != 1).any() else ""
+        panel.axhline(mean, color="#d1622b", lw=1.2, label=f"their {plain}mean, {mean:.4g}")
+        lost = int((~seen).sum())
         panel.set(
             xscale="log", xlabel="probability of the label", ylabel="loss of the sample [nats]",
-            title=f"{int(seen.sum())} samples that count",
+            title=f"{len(seen)} samples that count" + (f", {lost} not finite" if lost else ""),
         )  # fmt: skip
         panel.legend(frameon=False, fontsize=9)
 
@@ -132,12 +144,16 @@ class Explanation:
         if len(parts) <= SHOWN:
             names = [_place(place) for place in np.argwhere(self._counted())]
             panel.bar(names, parts, color="#1f6fb2")
+            panel.tick_params(axis="x", rotation=45 if self.samples["loss"].ndim > 1 else 0)
+            for name, part in zip(names, parts, strict=True):
+                if not np.isfinite(part):
+                    panel.annotate(f"{part}", (name, 0), ha="center", color="#c62828")
             panel.set(xlabel="sample", ylabel="contribution to the value [nats]",
                       title="What each sample adds")  # fmt: skip
             return
-        sizes = np.sort(np.abs(np.nan_to_num(parts)))[::-1]
+        sizes = np.sort(np.abs(parts[np.isfinite(parts)]))[::-1]
         share = np.cumsum(sizes) / max(sizes.sum(), np.finfo(float).tiny)
-        first = share[max(len(share) // 10, 1) - 1]
+        first = share[max(len(share) // 10, 1) - 1] if len(share) else 0
         panel.plot(np.arange(1, len(share) + 1) / len(share), share, color="#1f6fb2")
         panel.plot([0, 1], [0, 1], color="#8c959f", lw=1)
         panel.set(
@@ -150,7 +166,9 @@ class Explanation:
 
     def _headline(self) -> str:
         if self.value is None:
-            return f"{self.loss!r} raises {self.error}"
+            kind, _, message = self.error.partition(": ")
+            said = any(finding.evidence == message for finding in self.findings)
+            return f"{self.loss!r} raises {kind if said else self.error}"
         shown = f"{self.value.item():.7g}" if self.value.ndim == 0 else "one value for each sample"
         return f"{self.loss!r} gives {shown}"
 
@@ -186,31 +204,24 @@ class Explanation:
         if losses.size <= SHOWN:
             return []
         shown, seen = len(self._places()), losses[~np.isnan(losses)]
-        lines = [f"... {losses.size - shown} of {losses.size} samples are left out."]
+        lines = [f"... {losses.size - shown} of {losses.size} samples are not shown."]
         if seen.size:
             values = np.quantile(seen, QUANTILES, method="inverted_cdf")
             parts = (f"{q:.0%}: {v:.4g}" for q, v in zip(QUANTILES, values, strict=True))
-            lines.append(f"Quantiles of the {seen.size} losses that count: {', '.join(parts)}.")
+            kind = "that count" if seen.size == self._counted().sum() else "that are numbers"
+            lines.append(f"Quantiles of the {seen.size} losses {kind}: {', '.join(parts)}.")
         return lines
 
     def _steps(self) -> list[str]:
         """From losses to the value."""
-        factors = [key for key in ("weight", "mask") if (self.samples[key] != 1).any()]
-        product = " * ".join([*factors, "loss"]) if factors else "the losses"
         if self.numerator is None or self.denominator is None or self.value is None:
-            return [f"value        {product}, for each sample by itself: there is no reduction"]
-        divided = {
-            "sum": "a sum is not divided",
-            "mean_with_sample_weight": f"the sum of {' * '.join(factors)}",
-        }.get(str(self.loss.reduction), "the number of samples that count, not of their weights")
-        if not factors and self.loss.reduction != "sum":
-            divided = "the number of samples"
+            return [f"value        {self.added}, for each sample by itself: there is no reduction"]
         named = f'numerator / denominator, reduction "{self.loss.reduction}"'
         if self.denominator == 0:
             named += "; a division by 0 gives 0"
         return [
-            f"numerator    {self.numerator:<14.7g} the sum of {product}",
-            f"denominator  {self.denominator:<14.7g} {divided}",
+            f"numerator    {self.numerator:<14.7g} the sum of {self.added}",
+            f"denominator  {self.denominator:<14.7g} {self.divided_by}",
             f"value        {self.value.item():<14.7g} {named}",
         ]
 
@@ -236,8 +247,8 @@ def explain(
 ) -> Explanation:
     """What `loss` does with a batch, sample by sample, and what looks wrong in it.
 
-    For people, not for training: everything is moved to the host, and the values are read. It
-    works where the loss itself raises, too, and says why.
+    For people, not for training or `torch.compile`: everything is moved to the host, and the
+    values are read. It works where the loss itself raises, too, and says why.
 
     Args:
         loss: a `SparseCategoricalCrossentropy` or `CategoricalCrossentropy`.
@@ -279,6 +290,8 @@ def explain(
         try:
             value = loss(*arguments)
         except (ValueError, TypeError) as error:
+            if not any(finding.is_wrong for finding in found):
+                found = (Finding("arguments that do not fit", str(error), ""), *found)
             message = f"{type(error).__name__}: {error}"
             return Explanation(loss, error=message, findings=found, arguments=about)
         assert batch is not None  # the loss has read it
@@ -290,7 +303,54 @@ def explain(
             denominator = 1.0 if count is None else float(count)
         contributions = values.double() / (denominator or 1.0)
         samples = _samples(batch, losses, weight, mask_, contributions)
-        return Explanation(loss, value, "", samples, numerator, denominator, found, about)
+        if not value.isfinite().all() and not any(finding.is_wrong for finding in found):
+            lost = ~torch.as_tensor(samples["contribution"]).isfinite()
+            found = (_not_finite(lost), *found)
+        words = _steps_in_words(loss.reduction, losses, weight, mask_, count)
+        return Explanation(loss, value, "", samples, numerator, denominator, found, about, *words)
+
+
+def _not_finite(lost: Tensor) -> Finding:
+    where = f", the first is sample {_place(lost.nonzero()[0].tolist())}" if lost.any() else ""
+    return Finding(
+        "a value that is not finite",
+        f"{int(lost.sum())} of {lost.numel()} samples are NaN or infinite{where}.",
+        "An infinite loss times a target or a weight of 0 is NaN.",
+    )
+
+
+def _steps_in_words(
+    reduction: str | None,
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    count: Tensor | int | None,
+) -> tuple[str, str]:
+    """What is added up, and what it is divided by."""
+    whole = mask is None or bool(((mask == 0) | (mask == 1)).all())
+    counts_entries = reduction in MEANS or whole
+    names = [] if weight is None else ["weight"]
+    names += [] if counts_entries else ["mask"]
+    added = " * ".join([*names, "loss"]) if names else "the losses"
+    added += " over the samples that count" if mask is not None and counts_entries else ""
+    if reduction == "sum":
+        return added, "a sum is not divided"
+    if reduction == "mean_with_sample_weight" and (weight is not None or mask is not None):
+        if count is None:
+            return added, "a single sample is not divided"
+        given = weight.numel() if weight is not None else 0
+        given = max(given, mask.numel() if mask is not None else 0)
+        if weight is None:
+            return added, "the number of samples that count" if whole else "the sum of the mask"
+        alike = "" if given >= losses.numel() else ", as they were given: before they broadcast"
+        return added, f"the sum of the weights{'' if mask is None else ' that count'}{alike}"
+    if mask is None:
+        return added, "the number of samples" if losses.numel() else "there are no samples"
+    if not whole:
+        return added, "the sum of the mask"
+    return added, "the number of samples that count" + (
+        ", not of their weights" if weight is not None else ""
+    )
 
 
 def _in_words(batch: Batch) -> Iterator[str]:
@@ -310,10 +370,13 @@ def _in_words(batch: Batch) -> Iterator[str]:
     if getattr(batch.loss, "ignore_class", None) is not None:
         left_out.insert(0, f"ignore_class={batch.loss.ignore_class}")
     reasons = f" ({' and '.join(left_out)})" if left_out else ""
-    yield f"y_true {_kind(batch.y_true)}: {total} samples, {n} of them count{reasons}"
+    fits = batch.all_labels is not None or batch.targets is not None
+    counts = f"{total} samples, {n} of them count{reasons}" if fits else "does not fit y_pred"
+    yield f"y_true {_kind(batch.y_true)}: {counts}"
     for name, value in zip(("sample_weight", "mask"), batch.arguments[2:], strict=True):
         if value is not None:
-            yield f"{name} {_kind(torch.as_tensor(value))}"
+            with suppress(ValueError, TypeError):
+                yield f"{name} {_kind(to_tensor(name, value))}"
 
 
 def _kind(tensor: Tensor) -> str:
@@ -349,17 +412,21 @@ def _samples(
     if batch.targets is None:
         assert batch.all_labels is not None
         label = batch.all_labels.double().numpy()
-        y, cost = class_numbers(batch.all_labels[counted]), losses[counted]
+        y = class_numbers(batch.all_labels[counted])
+        probability = torch.exp(-losses[counted].double())
     else:
         y = batch.targets.argmax(1)
         label = spread(y)
-        certain = torch.nn.functional.one_hot(y, batch.classes)
-        cost = batch.among_rows(reduction="none", label_smoothing=0.0)(certain, batch.rows)
+        if batch.loss.from_logits:
+            probability = torch.exp(-sparse_categorical_crossentropy(y, batch.rows, True))
+        else:
+            share = batch.rows.gather(1, y[:, None])[:, 0] / batch.rows.sum(1)
+            probability = share.clamp(*CLIP[batch.loss.dtype])
     at_label = batch.rows.gather(1, y[:, None])
     rank = 1.0 + (batch.rows > at_label).sum(1)
     rank[at_label[:, 0].isnan()] = torch.nan
     return {
-        "label": label, "probability": spread(torch.exp(-cost.double())), "rank": spread(rank),
+        "label": label, "probability": spread(probability), "rank": spread(rank),
         "loss": spread(losses[counted]), "weight": everywhere(weight), "mask": everywhere(mask),
         "contribution": contributions.expand(shape).numpy(),
     }  # fmt: skip

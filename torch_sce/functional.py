@@ -392,7 +392,8 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
     found = outside.nonzero()
     position = tuple(found[0].tolist())
     label = labels[position].item()
-    more = f" and at {len(found) - 1} other positions" if len(found) > 1 else ""
+    others = len(found) - 1
+    more = f" and at {others} other position{'s' * (others > 1)}" if others else ""
     raise ValueError(
         f"y_true must hold labels in [0, {classes}), the classes on axis {axis} of y_pred, "
         f"got {label} at position {position}{more}.{_label_hint(label, y, counted, classes)}"

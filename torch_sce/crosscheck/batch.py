@@ -6,7 +6,9 @@ the difference.
 
 import argparse
 import html
+import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cross_check.py batch",
         description="Shows what tf.keras, torch_sce and F.cross_entropy make of a batch of your "
-        "own, and which rule accounts for the difference.",
+        "own, with integer labels, and which rule accounts for the difference.",
         epilog="Write the file with np.savez(FILE, y_true=..., y_pred=..., sample_weight=..., "
         "mask=...); the last two may be left out. Exit code: 0 torch_sce agrees with tf.keras or "
         "differs on purpose, 1 a mismatch, 2 wrong usage, 3 no tf.keras.",
@@ -56,15 +58,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
     return int(value) if value.is_integer() else value
 
 
 def _dtype(text: str) -> str:
     try:
         return str(check_dtype(text)).removeprefix("torch.")
-    except TypeError as error:
-        raise ValueError from error
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,11 @@ def main(arguments: Sequence[str], console: Console) -> int:
     """Runs the comparison; the exit code says how it ended. Raises OracleError without tf.keras."""
     line = parser()
     options = line.parse_args(arguments)
-    if options.html is not None and not options.html.absolute().parent.is_dir():
-        line.error(f"{options.html}: there is no folder {options.html.parent}")
+    if options.html is not None:
+        if not options.html.absolute().parent.is_dir():
+            line.error(f"{options.html}: there is no folder {options.html.parent}")
+        if options.html.is_dir():
+            line.error(f"{options.html}: is a folder; name a file")
     try:
         case = _case(options, read(options.file))
     except Unreadable as error:
@@ -97,6 +105,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
     mine = ours(case)
     if reference(case)[1] in MISFITS:
         line.error(f"{options.file}: {mine.message}")
+    if not case.y_true.size:
+        line.error(f"{options.file}: y_pred has the shape {case.y_pred.shape}: no samples")
     console.print(f"Starting {TARGET} ...", highlight=False)
     with LiveOracle(TARGET) as oracle:
         (keras,) = oracle.answers([case])
@@ -106,7 +116,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     batch = case.batch
     given = (batch.y_true, batch.y_pred, batch.sample_weight, batch.mask)
     found = Found(
-        options.file, judge(case, keras, mine), keras, mine, [] if mine.error else steps(case),
+        options.file, judge(case, keras, mine), keras, mine, _steps(case, mine),
         explain(SparseCategoricalCrossentropy(**case.options), *given), versions,
     )  # fmt: skip
     show(console, found)
@@ -114,6 +124,14 @@ def main(arguments: Sequence[str], console: Console) -> int:
         options.html.write_text(to_html(found))
         console.print(f"Report: {options.html}", highlight=False)
     return 1 if found.verdict.outcome == MISMATCH else 0
+
+
+def _steps(case: Case, mine: Answer) -> list[Step]:
+    """The way from F.cross_entropy to the loss, or its first step where the loss raises."""
+    try:
+        return steps(case)[: 1 if mine.error else None]
+    except ValueError:  # weights that do not fit
+        return []
 
 
 class Unreadable(Exception):
@@ -134,7 +152,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             raise Unreadable(f"{path}: must be written by np.savez, not by np.save")
         with stored:
             arrays = dict(stored)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Unreadable(f"{path}: must be a file that np.savez wrote: {error}") from error
     listed = f"it has {', '.join(arrays) or 'none'}"
     for name in NEEDED:
@@ -145,12 +163,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
             raise Unreadable(
                 f"{path}: {name} is none of the arrays {', '.join(NEEDED + OPTIONAL)}; {listed}"
             )
-        if array.dtype.kind not in ("f" if name == "y_pred" else "biuf"):
+        if array.dtype.kind not in ("f" if name == "y_pred" else "biuf") or array.itemsize > 8:
             kind = "floating-point numbers" if name == "y_pred" else "numbers"
+            hint = "; save bfloat16 as float32" if array.dtype.kind == "V" else ""
             raise Unreadable(
-                f"{path}: {name} must hold {kind}, got {array.dtype}; save bfloat16 as float32"
+                f"{path}: {name} must hold {kind} of at most 64 bits, got {array.dtype}{hint}"
             )
-    return arrays
+    return {name: array.astype(array.dtype.newbyteorder("=")) for name, array in arrays.items()}
 
 
 def _case(options: argparse.Namespace, arrays: dict[str, np.ndarray]) -> Case:
@@ -184,8 +203,6 @@ def show(console: Console, found: Found) -> None:
             console.print(table)
     for sentence in _sentences(found):
         console.print(escape(sentence), highlight=False, soft_wrap=True)
-    for finding in found.explanation.findings:
-        console.print(f"- {escape(str(finding))}", highlight=False, soft_wrap=True)
 
 
 def _sides(found: Found) -> list[list[str]]:
@@ -243,6 +260,9 @@ def distance(gradient: np.ndarray, other: np.ndarray) -> float:
 def _sentences(found: Found) -> list[str]:
     """What came of it, in words."""
     said = [report.outcome(found.verdict)]
+    said += [
+        f"Looks wrong: {finding}" for finding in found.explanation.findings if finding.is_wrong
+    ]
     if found.keras.value is None or not found.steps:
         return said
     keras, first, last = float(found.keras.value), found.steps[0], found.steps[-1]
@@ -250,17 +270,22 @@ def _sentences(found: Found) -> list[str]:
         return [*said, "No rule makes F.cross_entropy, as usually written, differ here."]
     if first.value is None:
         said.append(f"F.cross_entropy, as usually written, raises {first.error}")
-    moved = {s.rule: c for s, c in zip(found.steps, changes(found.steps), strict=True) if c}
-    if moved:
-        largest = max(moved, key=lambda rule: abs(moved[rule]))
-        rest = sum(map(abs, moved.values()))
+    else:
         said.append(
-            f"Of what separates F.cross_entropy, as usually written, from tf.keras the largest "
-            f"part is {largest}: {moved[largest]:+.6g}, {abs(moved[largest]) / rest:.0%} of all "
-            "changes."
+            f"F.cross_entropy, as usually written, gives {first.value:.7g} and tf.keras "
+            f"{keras:.7g}: a difference of {keras - first.value:+.6g}."
         )
-    if last.value is not None:
-        said.append(f"What is left after all rules is rounding: {last.value - keras:.2g}.")
+    moved = {s.rule: c for s, c in zip(found.steps, changes(found.steps), strict=True) if c}
+    rest = keras - (math.nan if last.value is None else last.value)
+    if moved and math.isfinite(rest):
+        largest = max(moved, key=lambda rule: abs(moved[rule]))
+        share = abs(moved[largest]) / (sum(map(abs, moved.values())) + abs(rest))
+        said.append(
+            f"The largest part comes from the rule {largest}: {moved[largest]:+.6g}, {share:.0%} "
+            "of all changes."
+        )
+    rounding = abs(rest) < 1e-5 * max(abs(keras), 1)
+    said.append(f"Left after all rules: {rest:.2g}{', which is rounding' if rounding else ''}.")
     if not found.explanation.loss.from_logits:
         said.append(
             "If tf.keras's number came from fit() or evaluate() of a model that ends in a "

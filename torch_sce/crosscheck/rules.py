@@ -4,7 +4,7 @@
     ignored labels   samples with the label `ignore_class` are left out, and not counted
     precision        computed in the loss's dtype
     probabilities    the logarithm of probabilities, without another softmax
-    mask             samples under a zero mask add nothing
+    mask             samples under a zero mask are left out, and not counted
     sample_weight    each loss is multiplied by its weight
     denominator      what the sum is divided by
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import CLIP, class_numbers, labels_for
+from ..functional import CLIP, class_numbers, labels_for, not_ignored
 from ..reduction import align, fraction
 from .cases import Case
 
@@ -45,12 +45,11 @@ class Inputs:
         self.dtype = getattr(torch, case.loss_dtype)
         self.axis = case.options["axis"] % self.x.ndim
         self.classes = self.x.shape[self.axis]
-        labels = labels_for(torch.as_tensor(case.y_true), self.x, self.axis)
+        self.y_true = torch.as_tensor(case.y_true)
+        labels = labels_for(self.y_true, self.x, self.axis)
         self.labels, self.y = labels, class_numbers(labels)
-        ignored = case.options["ignore_class"]
-        self.ignored = torch.zeros_like(labels, dtype=torch.bool)
-        if ignored is not None:
-            self.ignored = labels == ignored
+        kept = not_ignored(labels, case.options["ignore_class"])
+        self.ignored = torch.zeros_like(labels, dtype=torch.bool) if kept is None else ~kept
         self.mask = self._aligned("mask", case.mask)
         self.weight = self._aligned("sample_weight", case.sample_weight)
 
@@ -61,14 +60,22 @@ class Inputs:
 
     def usual(self, x: Tensor) -> tuple[Tensor, str]:
         """`F.cross_entropy` as it is usually written, with the code."""
-        if self.x.ndim == 1:
-            return F.cross_entropy(x, self.y), "F.cross_entropy(y_pred, y_true)"
-        if self.axis == 1 or self.fits_axis_1:
-            return F.cross_entropy(x, self.y), "F.cross_entropy(y_pred, y_true)"
-        rows = x.movedim(self.axis, -1).reshape(-1, self.classes)
-        moved = "" if self.axis == x.ndim - 1 else f".movedim({self.axis}, -1)"
-        code = f"F.cross_entropy(y_pred{moved}.reshape(-1, {self.classes}), y_true.reshape(-1))"
-        return F.cross_entropy(rows, self.y.reshape(-1)), code
+        y, code = self.y_true, "y_true"
+        if self.x.ndim > 1 and self.axis != 1 and not self.fits_axis_1:
+            x = x.movedim(self.axis, -1).reshape(-1, self.classes)
+            moved = "" if self.axis == self.x.ndim - 1 else f".movedim({self.axis}, -1)"
+            rows, y, code = (
+                f"{moved}.reshape(-1, {self.classes})",
+                y.reshape(-1),
+                "y_true.reshape(-1)",
+            )
+        else:
+            rows = ""
+            if y.shape != self.labels.shape:
+                y, code = self.labels, f"y_true.reshape({tuple(self.labels.shape)})"
+        if y.dtype not in (torch.int64, torch.uint8):
+            y, code = y.long(), f"{code}.long()"
+        return F.cross_entropy(x, y), f"F.cross_entropy(y_pred{rows}, {code})"
 
     @property
     def fits_axis_1(self) -> bool:
@@ -107,7 +114,10 @@ class Inputs:
             )
         if self.mask is not None and not (self.mask == 1).all():
             out = int((~self.mask.bool().expand(self.labels.shape)).sum())
-            yield "mask", f"{out} of {total} samples are under a zero mask and add nothing"
+            yield (
+                "mask",
+                (f"{out} of {total} samples are under a zero mask: left out and not counted"),
+            )
         if self.weight is not None and not (self.weight == 1).all():
             yield (
                 "sample_weight",
@@ -116,14 +126,18 @@ class Inputs:
                     "thing, one number for each class"
                 ),
             )
-        before, after = self.counted, self.divisor
+        before, after = float((~self.left_out({"ignored labels", "mask"})).sum()), self.divisor
         if before != after:
             yield "denominator", f"the sum is divided by {after:.7g}, not by {before:.7g}"
 
-    @property
-    def counted(self) -> float:
-        """What PyTorch's mean divides by once labels are ignored."""
-        return float((~self.ignored & (self.y != -100)).sum())
+    def left_out(self, rules: set[str]) -> Tensor:
+        """The samples that are not counted, in the labels' shape."""
+        found = self.y == -100
+        if "ignored labels" in rules:
+            found = found | self.ignored
+        if "mask" in rules and self.mask is not None:
+            found = found | ~self.mask.bool()
+        return found
 
     @property
     def divisor(self) -> float:
@@ -141,15 +155,13 @@ class Inputs:
         rows = x.movedim(axis, -1)
         if "precision" in rules:
             rows = rows.to(self.dtype)
-        left_out = self.y == -100
-        if "ignored labels" in rules:
-            left_out = left_out | self.ignored
+        left_out = self.left_out(rules)
         factor = torch.ones(self.labels.shape, dtype=torch.float64)
         if "mask" in rules and self.mask is not None:
             # A mean counts entries of a mask, the other reductions multiply by them.
             means = self.case.options["reduction"] not in ("sum", "mean_with_sample_weight")
             factor = factor * (self.mask.bool() if means else self.mask)
-        y = torch.where(left_out | (factor == 0), -100, self.y).reshape(-1)
+        y = torch.where(left_out, -100, self.y).reshape(-1)
         rows = rows.reshape(-1, self.classes)
         if "probabilities" in rules:
             c = rows.clamp(*CLIP[self.dtype])

@@ -187,7 +187,7 @@ def test_the_report_is_one_file_with_tables_and_pictures(run, tmp_path):
     ({"y_true": Y, "y_pred": Z, "weights": WEIGHT}, [], "weights is none of the arrays y_true, "),
     ({"y_true": Y[:5], "y_pred": Z}, [], r"y_true must have the shape of y_pred .* got \(5, 8\)"),
     ({"y_true": Y, "y_pred": Y}, [], "floating-point numbers of at most 64 bits, got int64"),
-    ({"y_true": Y.astype(str), "y_pred": Z}, [], "y_true must hold numbers of at most 64 bits, got <U"),
+    ({"y_true": Y.astype(str), "y_pred": Z}, [], "y_true must hold numbers .*, got <U"),
     ({"y_true": Y[:0], "y_pred": Z[:0]}, [], r"shape \(0, 8, 5\): no samples"),
     ({"y_true": Y, "y_pred": Z.astype(np.longdouble)}, [], "of at most 64 bits, got float128"),
     ({"y_true": Y, "y_pred": Z}, ["--html", "/"], "/: is a folder; name a file"),

@@ -21,6 +21,7 @@ Y = rng.integers(0, 5, (6, 8))
 SQUARE = rng.standard_normal((6, 7, 7)).astype(np.float32)
 IGNORED, MASK = np.where(rng.random((6, 8)) < 0.3, -1, Y), rng.random((6, 8)) < 0.7
 WEIGHT = rng.uniform(0.5, 2, (6, 1))
+SEEN = Z.argmax(-1) != Y  # the mean of the others is larger, that with small weights smaller
 
 # The arrays, the options, the rules that have to be named, and the one with the largest part.
 DISCREPANCIES = {
@@ -51,6 +52,8 @@ DISCREPANCIES = {
         ["--from-logits", "--ignore-class", "-1"], [], None),
     "labels (B, T, 1) of 32 bits": (
         (Y[..., None].astype(np.int32), Z), ["--from-logits"], [], None),
+    "a sum of many signs": (
+        (Y, Z, 0.1 * WEIGHT, SEEN), ["--from-logits"], ["mask", "sample_weight"], "sample_weight"),
     "all at once": (
         (IGNORED, P, WEIGHT, MASK), ["--ignore-class", "-1"],
         ["ignored labels", "probabilities", "mask", "sample_weight"], None),
@@ -99,6 +102,9 @@ def test_the_rule_that_accounts_for_a_discrepancy_is_named(name, run):
     assert rules_in(out) == rules
     if largest:
         assert f"comes from the rule {largest}: " in out
+        assert ("100% of all changes" in out) == (len(rules) == 1)
+    same = not rules or name in ("half precision", "nothing left", "padding", "all at once")
+    assert same or float(re.split(r" *│ *", out.partition("│ F.cross_entropy")[2])[4]) > 0.01
     if not rules and not swapped:
         assert "No rule makes F.cross_entropy, as usually written, differ here." in out
     elif not swapped:
@@ -223,6 +229,19 @@ def test_the_usual_line_is_the_one_that_runs(run):
     assert line in " ".join(re.sub("[│\n]", " ", out).split())
     code, out = run((Y.astype(">i4"), Z.astype(">f4")), "--from-logits")
     assert code == 0 and "Agrees in value" in out
+
+
+def test_more_than_rounding_is_not_called_so(run):
+    _, out = run((Y, Z), "--from-logits", "--dtype", "float16")
+    left = re.search(r"Left after all rules: (\S+)\.\n", out)
+    assert left and 1e-5 < abs(float(left[1])) < 1e-2
+
+
+def test_the_parts_that_are_left_out_are_counted(run):
+    _, out = run((Y, Z, None, np.arange(6)[:, None] < 4), "--from-logits")
+    assert "16 of 48 samples are under a zero mask" in out
+    line = "F.cross_entropy(y_pred.reshape(-1, 5), y_true.reshape(-1)) "
+    assert line in " ".join(re.sub("[│\n]", " ", out).split())
 
 
 def test_what_only_pytorch_skips_is_shown(run):

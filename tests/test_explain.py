@@ -337,6 +337,10 @@ QUIET = {
         logits_loss(), SEQUENCES[:1].argmax(1), 5 * SEQUENCES[:1], {}),
     "three small weights": (
         logits_loss(), LABELS[:3], LOGITS[:3], {"sample_weight": torch.tensor([0.2, 0.3, 0.1])}),
+    "rows that sum to 1 and are no probabilities": (
+        logits_loss(), LABELS, (LOGITS - LOGITS.mean(1, keepdim=True)) / 5 + 0.1, {}),
+    "a few that are far off": (
+        logits_loss(), LABELS, LOGITS - 200 * ONE_HOT * (torch.arange(64) < 5)[:, None], {}),
     "confident and wrong": (logits_loss(), LABELS, LOGITS - 80 * ONE_HOT, {}),
     "impossible classes": (
         logits_loss(), LABELS, LOGITS.masked_fill(ONE_HOT.roll(1, 1).bool(), -torch.inf), {}),
@@ -363,6 +367,9 @@ def test_what_may_be_right_raises_no_alarm(name):
 
 
 MORE = {
+    "a few more": (
+        logits_loss(), LABELS, LOGITS - 200 * ONE_HOT * (torch.arange(64) < 8)[:, None], {},
+        "a saturated softmax"),
     "logits run too far apart": (
         logits_loss(), LABELS, LOGITS - 200 * ONE_HOT, {}, "a saturated softmax"),
     "an infinite prediction": (

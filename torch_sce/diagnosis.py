@@ -451,13 +451,11 @@ def _other_axis(batch: Batch) -> Iterator[Finding]:
         fits = shape[:other] + shape[other + 1 :] == shape[:axis] + shape[axis + 1 :]
         if other == axis or shape[other] != classes or not fits:
             continue
-        here, there = (_mean_loss(batch, each) for each in (axis, other))
+        here, there = (_losses_along(batch, each) for each in (axis, other))
         if here is None or there is None:
             continue
-        gap = here - there
-        noise = gap.std(unbiased=False) / math.sqrt(max(len(gap), 1))
         better = there.mean() < 0.8 * min(math.log(classes), here.mean().item())
-        if better and gap.mean() > 5 * noise and len(gap) >= 30:
+        if better and len(there) >= 30:
             yield Finding(
                 "classes on another axis",
                 f"axes {axis} and {other} of y_pred both have {classes} entries, and the labels "
@@ -475,7 +473,7 @@ def _other_axis(batch: Batch) -> Iterator[Finding]:
             )
 
 
-def _mean_loss(batch: Batch, axis: int) -> Tensor | None:
+def _losses_along(batch: Batch, axis: int) -> Tensor | None:
     """The losses of the samples that count, with the classes on that axis."""
     y_true, y_pred, _, mask = batch.arguments
     with suppress(ValueError, TypeError):
@@ -514,11 +512,8 @@ def _weights(batch: Batch) -> Iterator[Finding]:
             is_wrong=False,
         )
         return
-    low, high = weight.aminmax()
     mean = weight.double().mean().item()
-    enough = len(weight) >= 8 or low > FAR or high < 0.1
-    alike = ((weight > 1) if mean > 1 else (weight < 1)).double().mean() >= 0.6
-    if not (math.isfinite(mean) and enough and alike) or 1 / FAR <= mean <= FAR:
+    if not math.isfinite(mean) or 1 / FAR <= mean <= FAR:
         return
     mend = (
         'Weights with a mean of 1 keep the loss\'s scale; reduction="mean_with_sample_weight" '

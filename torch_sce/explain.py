@@ -53,6 +53,7 @@ class Explanation:
         findings: what looks wrong, and what is good to know. Each has a `name`, the `evidence`,
             the `mend`, and `is_wrong`.
         arguments: what each argument is and is taken for, in words.
+        added, divided_by: what the numerator is the sum of, and what the denominator is, in words.
     """
 
     loss: Loss
@@ -63,7 +64,7 @@ class Explanation:
     denominator: float | None = None
     findings: tuple[Finding, ...] = ()
     arguments: tuple[str, ...] = ()
-    added: str = ""  # what the numerator is, and the denominator, in words
+    added: str = ""
     divided_by: str = ""
 
     def __str__(self) -> str:

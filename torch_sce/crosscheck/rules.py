@@ -151,8 +151,7 @@ class Inputs:
 
     def value(self, x: Tensor, rules: set[str]) -> Tensor:
         """The loss of `x` by these rules; the others are PyTorch's."""
-        axis = self.axis if "axis" in rules or not self.fits_axis_1 else 1
-        rows = x.movedim(axis, -1)
+        rows = x.movedim(self.axis, -1)
         if "precision" in rules:
             rows = rows.to(self.dtype)
         left_out = self.left_out(rules)
@@ -172,7 +171,7 @@ class Inputs:
             factor = factor * self.weight
         total = (losses * factor.reshape(-1)).sum()
         count = self.divisor if "denominator" in rules else float((~left_out).sum())
-        return total / count if count else total * 0
+        return total / count if count else total
 
 
 def steps(case: Case) -> list[Step]:

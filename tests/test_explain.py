@@ -88,10 +88,12 @@ def test_each_sample_shows_its_probability_rank_and_loss(from_logits):
     np.testing.assert_allclose(samples["contribution"], samples["loss"] / 64)
 
 
-def test_targets_show_the_class_with_the_largest():
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_targets_show_the_class_with_the_largest(from_logits):
     targets = torch.nn.functional.one_hot(LABELS, 10) * 0.8 + 0.02
-    found = explain(CategoricalCrossentropy(from_logits=True, label_smoothing=0.1), targets, LOGITS)
-    sparse = explain(logits_loss(), LABELS, LOGITS)
+    y_pred = LOGITS if from_logits else PROBABILITIES
+    found = explain(CategoricalCrossentropy(from_logits, label_smoothing=0.1), targets, y_pred)
+    sparse = explain(SparseCategoricalCrossentropy(from_logits), LABELS, y_pred)
     for key in ("label", "rank"):
         np.testing.assert_array_equal(found.samples[key], sparse.samples[key])
     np.testing.assert_allclose(found.samples["probability"], sparse.samples["probability"], 1e-6)
@@ -162,6 +164,14 @@ def test_a_long_batch_is_summarised():
     printed = [float(value) for value in re.findall(r"%: ([\d.]+)[,.]", quantiles)]
     share = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
     np.testing.assert_allclose(printed, np.quantile(losses, share), rtol=2e-2)
+
+
+def test_a_loss_that_is_not_a_number_is_shown_first():
+    found = explain(logits_loss(), LABELS, WITH_NAN)
+    lines = str(found).splitlines()
+    first = lines[1 + next(i for i, line in enumerate(lines) if "p(label)" in line)]
+    assert first.split() == ["3", str(LABELS[3].item()), "nan", "nan", "nan", "nan"]
+    assert "Quantiles of the 63 losses that are numbers" in str(found)
 
 
 ONE_BASED = LABELS % 10 + 1
@@ -493,6 +503,12 @@ def test_the_plot_shows_each_sample_and_its_contribution(count):
     if count == 3:
         heights = [bar.get_height() for bar in contributions.patches]
         assert sum(heights) == pytest.approx(found.value.item())
+    ignoring = explain(logits_loss(ignore_class=int(LABELS[0])), LABELS[:count], LOGITS[:count])
+    figure_2, (panel, _) = ignoring.plot()
+    left = int((LABELS[:count] != LABELS[0]).sum())
+    assert len(panel.collections[0].get_offsets()) == left < count
+    assert panel.get_title() == f"{left} samples that count"
+    figure_2.clear()
     for panel in (losses, contributions):
         assert panel.get_xlabel() and panel.get_ylabel() and panel.get_title()
     figure.clear()

@@ -106,8 +106,8 @@ MUTATIONS = {
         ("losses.py", "reduction).to(dtype)",
          "reduction).to(torch.promote_types(dtype, losses.dtype))")],
     "the loss in the predictions' half precision": [
-        ("losses.py", "weight = _aligned(\"sample_weight\", sample_weight, y_pred, labels.shape)",
-         "weight = _aligned(\"sample_weight\", sample_weight, y_pred, labels.shape)\n"
+        ("losses.py", "weight = aligned(\"sample_weight\", sample_weight, y_pred, labels.shape)",
+         "weight = aligned(\"sample_weight\", sample_weight, y_pred, labels.shape)\n"
          "        self.dtype = y_pred.dtype")],
     "sums in half precision": [
         ("losses.py", "return reduce(losses,", "return reduce(losses.to(dtype),")],

@@ -8,7 +8,7 @@ N are the samples that count, C the classes.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from .functional import (
     to_tensor,
 )
 from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
-from .reduction import MEANS, align, combine_masks
+from .reduction import MEANS, aligned, combine_masks
 
 Loss = SparseCategoricalCrossentropy | CategoricalCrossentropy
 
@@ -89,8 +89,14 @@ class Batch:
 
     def position(self, flags: Tensor) -> str:
         """Where the first of these samples is."""
-        place = self.counted.nonzero()[flags.nonzero()[0, 0]].tolist()
-        return str(tuple(place) if len(place) != 1 else place[0])
+        return in_words(self.counted.nonzero()[flags.nonzero()[0, 0]].tolist())
+
+    @property
+    def left_out_by(self) -> str:
+        """What may leave samples out, in words."""
+        ignored = getattr(self.loss, "ignore_class", None)
+        causes = [] if ignored is None else [f"ignore_class={ignored}"]
+        return " and ".join(causes if self.arguments[3] is None else [*causes, "the mask"])
 
     def are_distributions(self, rows: Tensor, tolerance: float | None = None) -> bool:
         """Whether each row could be the result of a softmax."""
@@ -131,11 +137,11 @@ def batch_of(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Batch | None:
             labels = labels_for(given, predictions, axis)
     elif given.shape == predictions.shape:
         targets = given.movedim(axis, -1).to(x.dtype)
-    mask = own_mask = _aligned("mask", mask, shape)
+    mask = own_mask = _if_it_fits("mask", mask, predictions, shape)
     if labels is not None and isinstance(loss, SparseCategoricalCrossentropy):
         mask = combine_masks(mask, not_ignored(labels, loss.ignore_class))
     counted = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().expand(shape)
-    weight = _aligned("sample_weight", sample_weight, shape)
+    weight = _if_it_fits("sample_weight", sample_weight, predictions, shape)
     return Batch(
         loss, arguments, given, predictions, axis, counted,
         rows=x.reshape(-1, x.shape[-1]) if counted.all() else x[counted],
@@ -146,12 +152,16 @@ def batch_of(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Batch | None:
     )  # fmt: skip
 
 
-def _aligned(name: str, value: Any, shape: torch.Size) -> Tensor | None:
+def _if_it_fits(name: str, value: Any, y_pred: Tensor, shape: torch.Size) -> Tensor | None:
     """A weight or a mask, None if it does not fit: the loss's own error says why."""
-    if value is not None:
-        with suppress(ValueError, TypeError):
-            return align(name, to_tensor(name, value), shape)
+    with suppress(ValueError, TypeError):
+        return aligned(name, value, y_pred, shape)
     return None
+
+
+def in_words(place: Sequence[int]) -> str:
+    """An index into the samples: a number, or several in parentheses."""
+    return str(place[0]) if len(place) == 1 else str(tuple(map(int, place)))
 
 
 def findings(batch: Batch) -> list[Finding]:
@@ -170,13 +180,10 @@ def _nothing_counts(batch: Batch) -> Iterator[Finding]:
             is_wrong=False,
         )
     elif not batch.counted.any():
-        ignored = getattr(batch.loss, "ignore_class", None)
-        causes = [] if ignored is None else [f"ignore_class={ignored}"]
-        causes += [] if batch.arguments[3] is None else ["the mask"]
         yield Finding(
             "nothing counts",
-            f"{' and '.join(causes)} leave{'s' * (len(causes) == 1)} out all {total} samples, so "
-            "the loss is 0 and there is no gradient.",
+            f"{batch.left_out_by} leave{'s' * (' and ' not in batch.left_out_by)} out all {total} "
+            "samples, so the loss is 0 and there is no gradient.",
             "A mask is 1 or True where a sample counts, and ignore_class is a label that does not.",
         )
 

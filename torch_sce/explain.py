@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .diagnosis import Batch, Finding, Loss, batch_of, findings
+from .diagnosis import Batch, Finding, Loss, batch_of, findings, in_words
 from .functional import (
     CLIP,
     ArrayLike,
@@ -29,7 +29,7 @@ from .functional import (
     to_tensor,
 )
 from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
-from .reduction import MEANS, fraction
+from .reduction import MEANS, fraction, reduce
 
 SHOWN = 12  # a longer batch is summarised by so many samples
 CELL = "style='text-align:right;padding:.1em .7em'"
@@ -143,7 +143,7 @@ class Explanation:
     def _plot_contributions(self, panel: Any) -> None:
         parts = self.samples["contribution"][self._counted()]
         if len(parts) <= SHOWN:
-            names = [_place(place) for place in np.argwhere(self._counted())]
+            names = [in_words(place) for place in np.argwhere(self._counted()).tolist()]
             panel.bar(names, parts, color="#1f6fb2")
             panel.tick_params(axis="x", rotation=45 if self.samples["loss"].ndim > 1 else 0)
             for name, part in zip(names, parts, strict=True):
@@ -187,7 +187,7 @@ class Explanation:
             values = {key: self.samples[key][place] for key in keys}
             hidden = () if self._counted()[place] else ("probability", "rank", "loss")
             shown = ("-" if key in hidden else f"{value:.5g}" for key, value in values.items())
-            rows.append([_place(place), *shown])
+            rows.append([in_words(place), *shown])
         return rows
 
     def _places(self) -> list[tuple[int, ...]]:
@@ -289,14 +289,14 @@ def explain(
         about = tuple(_in_words(batch)) if batch else ()
         found = tuple(findings(batch)) if batch else ()
         try:
-            value = loss(*arguments)
+            losses, weight, mask_ = loss._losses(*arguments)
         except (ValueError, TypeError) as error:
             if not any(finding.is_wrong for finding in found):
                 found = (Finding("arguments that do not fit", str(error), ""), *found)
             message = f"{type(error).__name__}: {error}"
             return Explanation(loss, error=message, findings=found, arguments=about)
         assert batch is not None  # the loss has read it
-        losses, weight, mask_ = loss._losses(*arguments)
+        value = reduce(losses, weight, mask_, loss.reduction).to(loss.dtype)
         values, count = fraction(losses, weight, mask_, loss.reduction)
         numerator = denominator = None
         if loss.reduction not in ("none", None):
@@ -312,7 +312,7 @@ def explain(
 
 
 def _not_finite(lost: Tensor) -> Finding:
-    where = f", the first is sample {_place(lost.nonzero()[0].tolist())}" if lost.any() else ""
+    where = f", the first is sample {in_words(lost.nonzero()[0].tolist())}" if lost.any() else ""
     return Finding(
         "a value that is not finite",
         f"{int(lost.sum())} of {lost.numel()} samples are NaN or infinite{where}.",
@@ -336,41 +336,32 @@ def _steps_in_words(
     added += " over the samples that count" if mask is not None and counts_entries else ""
     if reduction == "sum":
         return added, "a sum is not divided"
-    if reduction == "mean_with_sample_weight" and (weight is not None or mask is not None):
-        if count is None:
-            return added, "a single sample is not divided"
-        given = weight.numel() if weight is not None else 0
-        given = max(given, mask.numel() if mask is not None else 0)
-        if weight is None:
-            return added, "the number of samples that count" if whole else "the sum of the mask"
-        alike = "" if given >= losses.numel() else ", as they were given: before they broadcast"
-        return added, f"the sum of the weights{'' if mask is None else ' that count'}{alike}"
+    if count is None:
+        return added, "a single sample is not divided"
+    if reduction == "mean_with_sample_weight" and weight is not None:
+        given = max(weight.numel(), 0 if mask is None else mask.numel())
+        early = ", as they were given: before they broadcast" if given < losses.numel() else ""
+        return added, f"the sum of the weights{'' if mask is None else ' that count'}{early}"
     if mask is None:
         return added, "the number of samples" if losses.numel() else "there are no samples"
     if not whole:
         return added, "the sum of the mask"
-    return added, "the number of samples that count" + (
-        ", not of their weights" if weight is not None else ""
-    )
+    aside = "" if weight is None else ", not of their weights"
+    return added, f"the number of samples that count{aside}"
 
 
 def _in_words(batch: Batch) -> Iterator[str]:
     """What each argument is, and is taken for."""
     axis, low = batch.axis, CLIP[batch.loss.dtype][0]
-    taken = {
-        (True, True): f"logits; a softmax over axis {axis} makes them probabilities",
-        (True, False): f"logits; a softmax over axis {axis} makes them probabilities",
-        (False, True): f"probabilities; clipped to [{low:.3g}, 1 - {low:.3g}], then divided by "
-        f"their sum over axis {axis}",
-        (False, False): f"probabilities; divided by their sum over axis {axis}, then clipped to "
-        f"[{low:.3g}, 1 - {low:.3g}]",
-    }[batch.loss.from_logits, isinstance(batch.loss, SparseCategoricalCrossentropy)]
+    steps = [f"clipped to [{low:.3g}, 1 - {low:.3g}]", f"divided by their sum over axis {axis}"]
+    if isinstance(batch.loss, CategoricalCrossentropy):
+        steps.reverse()
+    taken = f"probabilities; {', then '.join(steps)}"
+    if batch.loss.from_logits:
+        taken = f"logits; a softmax over axis {axis} makes them probabilities"
     yield f"y_pred {_kind(batch.y_pred)}: taken for {taken}"
     total, n = batch.counted.numel(), len(batch.rows)
-    left_out = [] if batch.arguments[3] is None else ["the mask"]
-    if getattr(batch.loss, "ignore_class", None) is not None:
-        left_out.insert(0, f"ignore_class={batch.loss.ignore_class}")
-    reasons = f" ({' and '.join(left_out)})" if left_out else ""
+    reasons = f" ({batch.left_out_by})" if batch.left_out_by else ""
     fits = batch.all_labels is not None or batch.targets is not None
     counts = f"{total} samples, {n} of them count{reasons}" if fits else "does not fit y_pred"
     yield f"y_true {_kind(batch.y_true)}: {counts}"
@@ -382,10 +373,6 @@ def _in_words(batch: Batch) -> Iterator[str]:
 
 def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _place(place: Any) -> str:
-    return str(place[0]) if len(place) == 1 else str(tuple(map(int, place)))
 
 
 def _columns(table: list[list[str]]) -> list[str]:

@@ -17,7 +17,7 @@ from .options import (
     options_in,
     shown_options,
 )
-from .reduction import align, check_reduction, combine_masks, reduce
+from .reduction import aligned, check_reduction, combine_masks, reduce
 
 
 class SparseCategoricalCrossentropy(nn.Module):
@@ -113,8 +113,8 @@ class SparseCategoricalCrossentropy(nn.Module):
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         axis = functional.class_axis(self.axis, y_pred)
         labels = functional.labels_for(y_true, y_pred, axis)
-        weight = _aligned("sample_weight", sample_weight, y_pred, labels.shape)
-        mask = _aligned("mask", mask, y_pred, labels.shape)
+        weight = aligned("sample_weight", sample_weight, y_pred, labels.shape)
+        mask = aligned("mask", mask, y_pred, labels.shape)
         mask = combine_masks(mask, functional.not_ignored(labels, self.ignore_class))
         counted = None if mask is None else mask.bool().expand(labels.shape)
         losses = functional.sample_losses(
@@ -257,8 +257,8 @@ class CategoricalCrossentropy(nn.Module):
         axis = functional.class_axis(self.axis, y_pred)
         functional.check_targets(y_true, y_pred, axis)
         shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
-        weight = _aligned("sample_weight", sample_weight, y_pred, shape)
-        mask = _aligned("mask", mask, y_pred, shape)
+        weight = aligned("sample_weight", sample_weight, y_pred, shape)
+        mask = aligned("mask", mask, y_pred, shape)
         counted = None if mask is None else mask.bool().expand(shape)
         losses = functional.sample_losses_of_targets(
             y_true, y_pred, counted, self.from_logits, self.label_smoothing, axis, self.dtype
@@ -336,8 +336,3 @@ def _reduced(
     dtype: torch.dtype,
 ) -> Tensor:
     return reduce(losses, weight, mask, reduction).to(dtype)
-
-
-def _aligned(name: str, value: Any, y_pred: Tensor, shape: torch.Size) -> Tensor | None:
-    """A weight or a mask that broadcasts to the losses' shape, on y_pred's device."""
-    return None if value is None else align(name, functional.to_tensor(name, value, y_pred), shape)

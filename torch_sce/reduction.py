@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import float64_on
+from .functional import float64_on, to_tensor
 
 MEANS = ("sum_over_batch_size", "mean", "auto")
 REDUCTIONS = (*MEANS, "sum", "mean_with_sample_weight", "none", None)
@@ -151,6 +151,11 @@ def _with_rank(x: Tensor, rank: int) -> Tensor:
 
 def _sample_means(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
+
+
+def aligned(name: str, value: Any, y_pred: Tensor, shape: torch.Size) -> Tensor | None:
+    """What a caller gave as a weight or a mask, through `align` and on `y_pred`'s device."""
+    return None if value is None else align(name, to_tensor(name, value, y_pred), shape)
 
 
 def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:

@@ -93,17 +93,13 @@ def main(arguments: Sequence[str], console: Console) -> int:
     """Runs the comparison; the exit code says how it ended. Raises OracleError without tf.keras."""
     line = parser()
     options = line.parse_args(arguments)
-    if options.html is not None:
-        if not options.html.absolute().parent.is_dir():
-            line.error(f"{options.html}: there is no folder {options.html.parent}")
-        if options.html.is_dir():
-            line.error(f"{options.html}: is a folder; name a file")
+    report.check_file(line, options.html)
     try:
         case = _case(options, read(options.file))
     except Unreadable as error:
         line.error(str(error))
-    mine = ours(case)
-    if reference(case)[1] in MISFITS:
+    mine, (_, refused) = ours(case), reference(case)
+    if refused in MISFITS:
         line.error(f"{options.file}: {mine.message}")
     if not case.y_true.size:
         line.error(f"{options.file}: y_pred has the shape {case.y_pred.shape}: no samples")
@@ -111,7 +107,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     with LiveOracle(TARGET) as oracle:
         (keras,) = oracle.answers([case])
         versions = oracle.versions | our_versions()
-    if mine.error and keras.error and reference(case)[1] in WEIGHTS:
+    if mine.error and keras.error and refused in WEIGHTS:
         line.error(f"{options.file}: {mine.message}")
     batch = case.batch
     given = (batch.y_true, batch.y_pred, batch.sample_weight, batch.mask)
@@ -315,15 +311,13 @@ def to_html(found: Found) -> str:
     """One file that needs no other."""
     good = found.verdict.outcome != MISMATCH
     first, *more = (html.escape(sentence) for sentence in _sentences(found))
-    ladder, plot = "", ""
+    ladder = ""
     if len(found.steps) > 1:
         ladder = (
             "<h2>From F.cross_entropy to tf.keras, one rule at a time</h2>"
             + _plot(found)
             + _table(_ladder(found))
         )
-    if found.explanation.samples and found.verdict.case.y_true.size:
-        plot = _explained(found.explanation)
     return PAGE.substitute(
         style=report.STYLE,
         file=html.escape(found.file.name),
@@ -334,7 +328,7 @@ def to_html(found: Found) -> str:
         + "".join(f"<p>{sentence}</p>" for sentence in more),
         sides=_table(_sides(found)),
         ladder=ladder,
-        explanation=plot + found.explanation._repr_html_(),
+        explanation=_explained(found.explanation) + found.explanation._repr_html_(),
     )
 
 
@@ -383,7 +377,7 @@ def _explained(explanation: Explanation) -> str:
     plt = report.pyplot()
     try:
         figure, _ = explanation.plot()
-    except ValueError:  # nothing counts
+    except ValueError:  # the loss raises, or nothing counts
         return ""
     picture = report.image(figure, "losses over probabilities, and contributions")
     plt.close(figure)

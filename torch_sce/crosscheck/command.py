@@ -107,8 +107,7 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     """What argparse cannot check by itself; ends the program with exit code 2."""
     check_device(parser, options.device)
     for path in (options.json, options.html, options.record):
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"{path}: there is no folder {path.parent}")
+        report.check_file(parser, path)
     if options.case is not None and options.filter:
         parser.error("--case is one case, --filter chooses among many: pass one of them")
     everything = options.oracle == TARGET and not options.filter and options.case is None

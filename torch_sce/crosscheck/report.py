@@ -1,5 +1,6 @@
 """What the cross-check found, for the terminal, as JSON, and as one HTML file with plots."""
 
+import argparse
 import base64
 import html
 import io
@@ -8,6 +9,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -452,6 +454,14 @@ def _plots(results: Results) -> str:
     curves = image(figure, "share of cases below an error; error by number of classes")
     plt.close("all")
     return scatter + curves
+
+
+def check_file(parser: argparse.ArgumentParser, path: Path | None) -> None:
+    """Ends the program with exit code 2 if no file of this name can be written."""
+    if path is not None and not path.absolute().parent.is_dir():
+        parser.error(f"{path}: there is no folder {path.parent}")
+    if path is not None and path.is_dir():
+        parser.error(f"{path}: is a folder; name a file")
 
 
 def pyplot() -> Any:

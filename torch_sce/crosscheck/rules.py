@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import CLIP, class_numbers, labels_for, not_ignored
-from ..reduction import align, fraction
+from ..reduction import aligned, combine_masks, fraction
 from .cases import Case
 
 
@@ -48,34 +48,24 @@ class Inputs:
         self.y_true = torch.as_tensor(case.y_true)
         labels = labels_for(self.y_true, self.x, self.axis)
         self.labels, self.y = labels, class_numbers(labels)
-        kept = not_ignored(labels, case.options["ignore_class"])
-        self.ignored = torch.zeros_like(labels, dtype=torch.bool) if kept is None else ~kept
-        self.mask = self._aligned("mask", case.mask)
-        self.weight = self._aligned("sample_weight", case.sample_weight)
-
-    def _aligned(self, name: str, value: object) -> Tensor | None:
-        if value is None:
-            return None
-        return align(name, torch.as_tensor(np.asarray(value)), self.labels.shape)
+        self.kept = not_ignored(labels, case.options["ignore_class"])
+        none = torch.zeros_like(labels, dtype=torch.bool)
+        self.ignored = none if self.kept is None else ~self.kept
+        self.mask = aligned("mask", case.mask, self.x, labels.shape)
+        self.weight = aligned("sample_weight", case.sample_weight, self.x, labels.shape)
 
     def usual(self, x: Tensor) -> tuple[Tensor, str]:
         """`F.cross_entropy` as it is usually written, with the code."""
-        y, code = self.y_true, "y_true"
+        y, target, rows = self.y_true, "y_true", ""
         if self.x.ndim > 1 and self.axis != 1 and not self.fits_axis_1:
-            x = x.movedim(self.axis, -1).reshape(-1, self.classes)
+            x, y = x.movedim(self.axis, -1).reshape(-1, self.classes), y.reshape(-1)
             moved = "" if self.axis == self.x.ndim - 1 else f".movedim({self.axis}, -1)"
-            rows, y, code = (
-                f"{moved}.reshape(-1, {self.classes})",
-                y.reshape(-1),
-                "y_true.reshape(-1)",
-            )
-        else:
-            rows = ""
-            if y.shape != self.labels.shape:
-                y, code = self.labels, f"y_true.reshape({tuple(self.labels.shape)})"
+            rows, target = f"{moved}.reshape(-1, {self.classes})", "y_true.reshape(-1)"
+        elif y.shape != self.labels.shape:
+            y, target = self.labels, f"y_true.reshape({tuple(self.labels.shape)})"
         if y.dtype not in (torch.int64, torch.uint8):
-            y, code = y.long(), f"{code}.long()"
-        return F.cross_entropy(x, y), f"F.cross_entropy(y_pred{rows}, {code})"
+            y, target = y.long(), f"{target}.long()"
+        return F.cross_entropy(x, y), f"F.cross_entropy(y_pred{rows}, {target})"
 
     @property
     def fits_axis_1(self) -> bool:
@@ -87,45 +77,24 @@ class Inputs:
         """The rules that matter here, in order, and what each does."""
         options, total = self.case.options, self.labels.numel()
         if self.axis != 1 and self.fits_axis_1:
-            yield (
-                "axis",
-                (
-                    f"PyTorch has the classes on axis 1, the loss on axis {self.axis}; both have "
-                    f"{self.classes} entries, so no error shows it"
-                ),
-            )
+            why = f"PyTorch has the classes on axis 1, the loss on axis {self.axis}; both have "
+            yield "axis", f"{why}{self.classes} entries, so no error shows it"
         if self.ignored.any() and options["ignore_class"] != -100:
-            yield (
-                "ignored labels",
-                (
-                    f"{int(self.ignored.sum())} of {total} samples have the label "
-                    f"{options['ignore_class']}: they are left out and not counted"
-                ),
-            )
+            label = options["ignore_class"]
+            why = f"{int(self.ignored.sum())} of {total} samples have the label {label}: "
+            yield "ignored labels", f"{why}they are left out and not counted"
         if self.x.dtype != self.dtype:
             yield "precision", f"computed in {self.case.loss_dtype}, not {self.case.y_pred_dtype}"
         if not options["from_logits"]:
-            yield (
-                "probabilities",
-                (
-                    "F.cross_entropy takes a softmax of its input, so probabilities get one twice; "
-                    "the loss clips them and takes their logarithm"
-                ),
-            )
+            why = "F.cross_entropy takes a softmax of its input, so probabilities get one twice; "
+            yield "probabilities", f"{why}the loss clips them and takes their logarithm"
         if self.mask is not None and not (self.mask == 1).all():
             out = int((~self.mask.bool().expand(self.labels.shape)).sum())
-            yield (
-                "mask",
-                (f"{out} of {total} samples are under a zero mask: left out and not counted"),
-            )
+            why = f"{out} of {total} samples are under a zero mask: "
+            yield "mask", f"{why}left out and not counted"
         if self.weight is not None and not (self.weight == 1).all():
-            yield (
-                "sample_weight",
-                (
-                    "each loss is multiplied by its weight; weight= of F.cross_entropy is another "
-                    "thing, one number for each class"
-                ),
-            )
+            why = "each loss is multiplied by its weight; weight= of F.cross_entropy is another "
+            yield "sample_weight", f"{why}thing, one number for each class"
         before, after = float((~self.left_out({"ignored labels", "mask"})).sum()), self.divisor
         if before != after:
             yield "denominator", f"the sum is divided by {after:.7g}, not by {before:.7g}"
@@ -142,9 +111,7 @@ class Inputs:
     @property
     def divisor(self) -> float:
         """What Keras's reduction divides by."""
-        mask = self.mask
-        if self.case.options["ignore_class"] is not None:
-            mask = ~self.ignored if mask is None else mask * ~self.ignored
+        mask = combine_masks(self.mask, self.kept)
         zeros = torch.zeros(self.labels.shape, dtype=self.dtype)
         _, count = fraction(zeros, self.weight, mask, self.case.options["reduction"])
         return 1.0 if count is None else float(count)
@@ -155,11 +122,6 @@ class Inputs:
         if "precision" in rules:
             rows = rows.to(self.dtype)
         left_out = self.left_out(rules)
-        factor = torch.ones(self.labels.shape, dtype=torch.float64)
-        if "mask" in rules and self.mask is not None:
-            # A mean counts entries of a mask, the other reductions multiply by them.
-            means = self.case.options["reduction"] not in ("sum", "mean_with_sample_weight")
-            factor = factor * (self.mask.bool() if means else self.mask)
         y = torch.where(left_out, -100, self.y).reshape(-1)
         rows = rows.reshape(-1, self.classes)
         if "probabilities" in rules:
@@ -167,9 +129,10 @@ class Inputs:
             losses = F.nll_loss(c.log() - c.sum(-1, keepdim=True).log(), y, reduction="none")
         else:
             losses = F.cross_entropy(rows, y, reduction="none")
-        if "sample_weight" in rules and self.weight is not None:
-            factor = factor * self.weight
-        total = (losses * factor.reshape(-1)).sum()
+        weight = self.weight if "sample_weight" in rules else None
+        mask = self.mask if "mask" in rules else None
+        losses = losses.double().reshape(self.labels.shape)
+        total = fraction(losses, weight, mask, self.case.options["reduction"])[0].sum()
         count = self.divisor if "denominator" in rules else float((~left_out).sum())
         return total / count if count else total
 

@@ -120,7 +120,8 @@ def test_what_does_not_count_is_shown_as_such():
 
 @pytest.mark.parametrize(("reduction", "numerator", "denominator", "words"), [
     ("sum", 3.5, 1, "a sum is not divided"),
-    ("sum_over_batch_size", 3.5, 3, "the number of samples that count, not of their weights"),
+    ("sum_over_batch_size", 3.5, 3,
+     "the number of samples that count, not the sum of their weights"),
     ("mean", 3.5, 3, "the number of samples that count"),
     ("auto", 3.5, 3, "the number of samples that count"),
     ("mean_with_sample_weight", 3.5, 3.5, "the sum of the weights that count\n"),

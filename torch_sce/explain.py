@@ -346,7 +346,7 @@ def _steps_in_words(
         return added, "the number of samples" if losses.numel() else "there are no samples"
     if not whole:
         return added, "the sum of the mask"
-    aside = "" if weight is None else ", not of their weights"
+    aside = "" if weight is None else ", not the sum of their weights"
     return added, f"the number of samples that count{aside}"
 
 

@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PATHS = {
     "small": {},
     "cpu": {"SMALL": 0},
-    "cpu, many blocks": {"SMALL": 0, "BLOCK": 20, "SAMPLE": 20, "ROWS": 3, "LONG": 2},
+    "cpu, many blocks": {"SMALL": 0, "BLOCK": 20, "LONG": 2},
     "any device": {"SMALL": 0, "_kernels": lambda z: aten},
     "any device, many blocks": {"SMALL": 0, "_kernels": lambda z: aten, "BLOCK": 20},
 }

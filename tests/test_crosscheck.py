@@ -43,22 +43,22 @@ MUTATIONS = {
         ("kernels/cpu.py", "np.nextafter(wide(clip[1]), wide(2))", "wide(clip[1])"),
         ("kernels/cpu.py", "(low <= p) & (p <= high)", "(low < p) & (p < high)")],
     "gradient without the clip mask": [
-        ("kernels/cpu.py", "r.expand_as(block), block, float(low), float(high), grad_input=out",
-         "r.expand_as(block), block, -math.inf, math.inf, grad_input=out"),
+        ("kernels/cpu.py", "block, float(low), float(high), grad_input=out",
+         "block, -np.inf, np.inf, grad_input=out"),
         ("kernels/cpu.py", "(low <= p) & (p <= high)", "p == p")],
     "no maximum subtracted": [
-        ("kernels/cpu.py", "if _within(s, SAFE_SUMS):", "if True:"),
-        ("kernels/cpu.py", "torch.float64 or not _within(_sample(z), SAFE_LOGITS)",
-         "torch.float64")],
-    "the maximum forgotten in the gradient": [
-        ("kernels/cpu.py", "m is None else _exp_shifted(block, m, out)",
-         "True else _exp_shifted(block, m, out)")],
-    "the label's entry not written": [
-        ("kernels/cpu.py", "    _scatter(dz, label, at_label)\n", "")],
+        ("kernels/cpu.py", "torch.log_softmax(block.permute(order), axis, out=out.permute(order))",
+         "out.copy_((block.exp() / block.exp().sum(-1, keepdim=True)).log())")],
+    "logits without the label's entry": [
+        ("kernels/cpu.py", "out.scatter_add_(-1, index, minus_one.expand(index.shape))", "pass")],
+    "probabilities without the label's entry": [
+        ("kernels/cpu.py", "    _scatter(dz, label, at_label if", "    (dz, label, at_label if")],
     "ignored rows with a gradient": [
-        ("kernels/cpu.py", "        r.masked_fill_(ignored, 0)\n", "")],
+        ("kernels/cpu.py", "        g = g.masked_fill(ignored, 0)\n", "        pass\n"),
+        ("kernels/cpu.py", "            out.masked_fill_(ignored[at].unsqueeze(-1), 0)\n",
+         "            pass\n")],
     "upstream gradient not on the label": [
-        ("kernels/cpu.py", "e.div_(s).sub_(1).mul_(g)", "e.div_(s).mul_(g).sub_(1)")],
+        ("kernels/cpu.py", "g * (1 / s - 1 / p)", "g / s - 1 / p")],
     "mean over B, not B * T": [
         ("reduction.py", "return losses.mean()", "return losses.mean(0).sum()"),
         ("reduction.py", "return values, max(losses.numel(), 1)",

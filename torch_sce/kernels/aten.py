@@ -112,8 +112,12 @@ def empty_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of z's shape, dense, with its axes in the order that z's have in memory."""
     if z.is_contiguous():
         return torch.empty_like(z, dtype=dtype)
-    order = sorted(range(z.ndim), key=z.stride, reverse=True)
-    return torch.empty_permuted(z.shape, order, dtype=dtype or z.dtype, device=z.device)
+    return torch.empty_permuted(z.shape, memory_order(z), dtype=dtype or z.dtype, device=z.device)
+
+
+def memory_order(z: Tensor) -> list[int]:
+    """The axes of z from the largest step in memory to the smallest."""
+    return sorted(range(z.ndim), key=z.stride, reverse=True)
 
 
 def blocks(shape: torch.Size, classes: int, limit: int) -> Iterator[tuple[slice, ...]]:

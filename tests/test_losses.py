@@ -3,15 +3,18 @@
 import copy
 import io
 import pickle
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from torch_sce import SparseCategoricalCrossentropy
+import torch_sce
+from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
+BOTH = pytest.mark.parametrize("cls", [SparseCategoricalCrossentropy, CategoricalCrossentropy])
 LOGITS = torch.tensor([[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]])
 LABELS = torch.tensor([2, 1])
 
@@ -114,18 +117,39 @@ class TestOptions:
 
     @pytest.mark.parametrize(("config", "error", "message"), [
         (None, TypeError, "config must be a dict, as .* got None"),
+        (["sum"], TypeError, r"config must be a dict, as .* got \['sum'\]"),
+        ({"config": [1]}, TypeError, r"config must be a dict, .* got {'config': \[1\]}"),
+        ({"config": None}, TypeError, "have one under 'config', got"),
+        ({"class_name": "SparseCategoricalCrossentropy"}, TypeError, "have one under 'config'"),
         ({"class_name": "Dense", "config": {}}, ValueError, "Sparse.*, got one of a Dense"),
-        ({"label_smoothing": 0.1}, ValueError, r"which has no options \['label_smoothing'\]"),
+        ({"class_name": ["x"], "config": {}}, ValueError, r"got one of a \['x'\]"),
+        ({"config": {"config": {}}}, ValueError, r"has no options \['config'\]"),
+        ({"label_smoothing": 0.1}, ValueError, r"\['label_smoothing'\], only \['from_logits'"),
+        ({"registered_name": None}, ValueError, r"no options \['registered_name'\]"),
+        ({"self": 1}, ValueError, r"no options \['self'\]"),
+        ({1: 2}, ValueError, r"no options \[1\]"),
+        ({"from_logits": [True]}, TypeError, r"from_logits must be True or False, got \[True\]"),
+        ({"reduction": ["sum"]}, ValueError, r"reduction must be one of .* got \['sum'\]"),
+        ({"axis": [1]}, TypeError, r"axis must be an integer, got \[1\]"),
+        ({"ignore_class": [1]}, TypeError, "ignore_class must be a number or None"),
+        ({"name": ["n"]}, TypeError, "name must be a string or None"),
+        ({"dtype": ["float32"]}, ValueError, "dtype must be None or one of"),
     ])  # fmt: skip
     def test_a_config_of_something_else_is_refused(self, config, error, message):
         with pytest.raises(error, match=message):
             SparseCategoricalCrossentropy.from_config(config)
 
-    def test_a_reduction_set_later_is_checked_when_the_loss_is_called(self):
-        loss = SparseCategoricalCrossentropy()
-        loss.reduction = "bad"
-        with pytest.raises(ValueError, match="reduction must be one of"):
-            loss(LABELS, LOGITS)
+    def test_what_keras_serializes_is_taken(self):
+        """`keras.losses.serialize` of Keras 3 adds a module and a name; Keras 2 a function."""
+        config = {"name": "n", "reduction": "sum", "from_logits": True, "ignore_class": None}
+        about = {"module": "keras.losses", "registered_name": None}
+        given = about | {"class_name": "SparseCategoricalCrossentropy", "config": config}
+        loss = SparseCategoricalCrossentropy.from_config(given)
+        assert repr(loss) == (
+            "SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='n')"
+        )
+        again = SparseCategoricalCrossentropy.from_config(config | {"fn": "sparse_cate"})
+        assert again.get_config() == loss.get_config() and set(given["config"]) == set(config)
 
     def test_wrong_calls_are_refused_as_by_the_function(self):
         loss = SparseCategoricalCrossentropy(from_logits=True)
@@ -155,6 +179,234 @@ class TestOptions:
     def test_integer_predictions_are_cast(self):
         loss = SparseCategoricalCrossentropy(from_logits=True)
         assert torch.equal(loss([0], torch.tensor([[1, 2]])), loss([0], torch.tensor([[1.0, 2.0]])))
+
+
+class TestOptionsSetLater:
+    """An option is parsed wherever it is given: by the constructor, and on assignment."""
+
+    @pytest.mark.parametrize(("name", "given", "parsed"), [
+        ("dtype", "bfloat16", torch.bfloat16), ("dtype", None, torch.float32),
+        ("from_logits", 1, True), ("from_logits", None, False), ("axis", np.int64(-2), -2),
+        ("reduction", None, None), ("name", None, "sparse_categorical_crossentropy"),
+        ("ignore_class", np.int32(3), 3),
+    ])  # fmt: skip
+    def test_it_is_as_if_it_had_been_given_to_the_constructor(self, name, given, parsed):
+        loss = SparseCategoricalCrossentropy()
+        setattr(loss, name, given)
+        made = SparseCategoricalCrossentropy(**{name: given})
+        for each in (loss, made):
+            assert getattr(each, name) == parsed and type(getattr(each, name)) is type(parsed)
+        assert loss.get_config() == made.get_config() and repr(loss) == repr(made)
+
+    @pytest.mark.parametrize(("name", "value", "error"), [
+        ("dtype", "int32", TypeError), ("dtype", "float17", ValueError),
+        ("from_logits", "False", TypeError), ("from_logits", nn.Parameter(LOGITS), TypeError),
+        ("reduction", "bad", ValueError), ("axis", 1.0, TypeError),
+        ("ignore_class", "x", TypeError), ("name", 3, TypeError),
+        ("name", nn.Linear(1, 1), TypeError),
+    ])  # fmt: skip
+    def test_a_wrong_one_is_refused_and_changes_nothing(self, name, value, error):
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        before = loss.get_config()
+        with pytest.raises(error, match=f"^{name} must be"):
+            setattr(loss, name, value)
+        assert loss.get_config() == before and not list(loss.parameters())
+
+    def test_label_smoothing_is_an_option_where_there_are_targets(self):
+        loss = CategoricalCrossentropy()
+        loss.label_smoothing = 1
+        assert loss.label_smoothing == 1.0 and type(loss.label_smoothing) is float
+        with pytest.raises(ValueError, match="label_smoothing must be in"):
+            loss.label_smoothing = 2
+        other: Any = SparseCategoricalCrossentropy()
+        other.label_smoothing = "an attribute like any other"
+        assert "label_smoothing" not in other.get_config()
+
+    def test_it_takes_effect_in_the_next_call(self):
+        loss: Any = SparseCategoricalCrossentropy()
+        loss.from_logits, loss.reduction, loss.dtype = True, "sum", "float64"
+        other = SparseCategoricalCrossentropy(True, reduction="sum", dtype="float64")
+        assert torch.equal(loss(LABELS, LOGITS), other(LABELS, LOGITS))
+        criterion: Any = loss.as_criterion()
+        criterion.loss.reduction = "none"
+        assert criterion(LOGITS, LABELS).shape == (2,)
+
+    def test_it_takes_effect_in_compiled_code_which_is_not_compiled_again_without_one(self):
+        torch.compiler.reset()
+        graphs = []
+
+        def count(graph, _inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        compiled: Any = torch.compile(loss, fullgraph=True, backend=count)
+        for _ in range(3):
+            assert torch.equal(compiled(LABELS, LOGITS), loss(LABELS, LOGITS))
+            loss.name = loss.name  # no graph is about the name
+        assert len(graphs) == 1
+        compiled.reduction = "sum"
+        assert loss.reduction == "sum"
+        assert torch.equal(compiled(LABELS, LOGITS), loss(LABELS, LOGITS))
+        assert len(graphs) == 2
+        with pytest.raises(TypeError, match="from_logits must be True or False"):
+            compiled.from_logits = "False"
+
+    def test_a_pickle_from_before_options_were_parsed_on_assignment_still_loads(self):
+        """It holds the attributes by their names, as this class does."""
+        loss = SparseCategoricalCrossentropy.__new__(SparseCategoricalCrossentropy)
+        nn.Module.__init__(loss)
+        want = SparseCategoricalCrossentropy(True, -1, "sum", dtype="float16")
+        names = ("from_logits", "ignore_class", "reduction", "axis", "name", "dtype")
+        loss.__setstate__(loss.__dict__ | {name: getattr(want, name) for name in names})
+        assert loss.get_config() == want.get_config()
+        assert vars(loss).keys() == vars(want).keys()
+
+
+class Tempered(SparseCategoricalCrossentropy):
+    """A subclass with a constructor of its own, as people write them."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__(from_logits=True, reduction="sum")
+        self.temperature = temperature
+
+
+class Passing(CategoricalCrossentropy):
+    def __init__(self, temperature: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.temperature = temperature
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"temperature": self.temperature}
+
+
+class Renamed(SparseCategoricalCrossentropy):
+    def __init__(self, logits: bool = True) -> None:
+        super().__init__(from_logits=logits)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"logits": self.from_logits}
+
+
+@dataclass(eq=False, repr=False)
+class Data(SparseCategoricalCrossentropy):
+    temperature: float
+
+    def __post_init__(self) -> None:
+        super().__init__(from_logits=True)
+
+
+class Tagged:
+    def __init__(self, *, tag: Any = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tag = tag
+
+
+class Mixed(Tagged, SparseCategoricalCrossentropy):
+    pass
+
+
+class TestSubclasses:
+    @pytest.mark.parametrize(("loss", "shown"), [
+        (Tempered(2.0), "Tempered(from_logits=True, reduction='sum')"),
+        (Passing(2.0, label_smoothing=0.1), "Passing(from_logits=False, label_smoothing=0.1)"),
+        (Renamed(), "Renamed(from_logits=True)"),
+        (Data(2.0), "Data(from_logits=True)"),
+        (Mixed(tag="t", from_logits=True), "Mixed(from_logits=True)"),
+    ])  # fmt: skip
+    def test_it_has_a_repr_and_copies_wherever_it_is(self, loss, shown):
+        assert repr(loss) == shown
+        assert f"(0): {shown}" in repr(nn.Sequential(loss))
+        assert f"(a): {shown}" in repr(nn.ModuleDict({"a": loss}))
+        assert f"(loss): {shown}" in repr(loss.as_criterion())
+        y = LABELS if isinstance(loss, SparseCategoricalCrossentropy) else torch.eye(4)[LABELS]
+        for other in (loss, copy.copy(loss), copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            assert repr(other) == shown and vars(other).keys() == vars(loss).keys()
+            assert torch.equal(other(y, LOGITS), loss(y, LOGITS))
+        for predictions in (LOGITS, LOGITS.softmax(-1)):
+            assert shown in str(torch_sce.explain(loss, y, predictions))
+
+    def test_its_config_goes_through_its_own_constructor(self):
+        loss = Passing(2.0, label_smoothing=0.1, axis=1)
+        again = Passing.from_config(loss.get_config())
+        assert again.get_config() == loss.get_config() and again.temperature == 2.0
+        assert Renamed.from_config({"logits": False}).from_logits is False
+        mixed = Mixed.from_config({"tag": "t", "from_logits": True})
+        assert mixed.tag == "t" and mixed.from_logits
+        for name in ("Passing", "CategoricalCrossentropy"):  # its own, and Keras's
+            given = {"class_name": name, "config": {"from_logits": True}}
+            assert Passing.from_config(given).from_logits
+
+    @pytest.mark.parametrize(("cls", "config", "message"), [
+        (Tempered, {"axis": 1}, r"a Tempered, which has no .* only \['temperature'\]"),
+        (Passing, {"ignore_class": 1}, r"\['ignore_class'\], only \['temperature', 'from"),
+        (Mixed, {"self": 1, "kwargs": 2}, r"\['self', 'kwargs'\], only \['tag', 'from_"),
+        (Mixed, {"class_name": "Tagged", "config": {}}, "got one of a Tagged"),
+    ])  # fmt: skip
+    def test_what_its_constructor_does_not_take_is_refused_by_name(self, cls, config, message):
+        with pytest.raises(ValueError, match=message):
+            cls.from_config(config)
+
+    def test_its_options_are_parsed_and_its_other_attributes_are_its_own(self):
+        loss: Any = Tempered(2.0)
+        loss.temperature = "hot"
+        with pytest.raises(TypeError, match="from_logits must be"):
+            loss.from_logits = "False"
+
+    @BOTH
+    def test_one_whose_call_would_have_no_effect_cannot_be_made(self, cls):
+        """In Keras, a loss's value is made from `call`."""
+
+        def call(self, y_true, y_pred):
+            return 2 * cls.call(self, y_true, y_pred)
+
+        with pytest.raises(TypeError, match=r"Twice must not override call, .* Override forward\("):
+            type("Twice", (cls,), {"call": call})
+        with pytest.raises(TypeError, match="Mixture must not override call"):
+            type("Mixture", (type("Doubling", (), {"call": call}), cls), {})
+
+
+class TestCall:
+    """`call` is Keras's: the losses before weights and reduction."""
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("options", [
+        {}, {"from_logits": True, "reduction": "sum"}, {"axis": 1, "dtype": "float16"},
+    ])  # fmt: skip
+    @BOTH
+    def test_it_is_the_function_with_the_loss_s_options(self, cls, options, dtype):
+        sparse = cls is SparseCategoricalCrossentropy
+        own: dict[str, Any] = {"ignore_class": 1} if sparse else {"label_smoothing": 0.1}
+        loss, axis = cls(**options, **own), options.get("axis", -1)
+        p = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)).softmax(axis).to(dtype)
+        y = p.argmax(axis) if sparse else p.roll(1, axis)
+        p.requires_grad_()
+        function = getattr(torch_sce, loss.get_config()["name"])
+        want = function(y, p, options.get("from_logits", False), axis=axis, **own)
+        got = loss.call(y, p)
+        assert torch.equal(got, want) and got.dtype == want.dtype
+        (slope,), (wanted,) = (torch.autograd.grad(x.sum(), p) for x in (got, want))
+        assert torch.equal(slope, wanted)
+
+    @pytest.mark.parametrize(("cls", "y", "p"), [
+        (SparseCategoricalCrossentropy, (2, 3), (2, 3, 4)),
+        (SparseCategoricalCrossentropy, (2, 3, 1), (2, 3, 4)),
+        (SparseCategoricalCrossentropy, (), (4,)),
+        (CategoricalCrossentropy, (2, 3, 4), (2, 3, 4)),
+        (CategoricalCrossentropy, (3,), (3, 1)),
+        (CategoricalCrossentropy, (2, 3, 1), (2, 3)),
+    ])  # fmt: skip
+    def test_its_shapes_are_those_of_the_loss_without_reduction(self, cls, y, p):
+        """tf.keras gave these shapes, and float32, when it was asked."""
+        y = torch.ones(y) if cls is CategoricalCrossentropy else torch.zeros(y, dtype=torch.int64)
+        p, loss = torch.rand(p), cls(reduction="none")
+        assert torch.equal(loss.call(y, p), loss(y, p))
+
+    def test_it_compiles(self):
+        torch.compiler.reset()
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        compiled = torch.compile(loss.call, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(LABELS, LOGITS), loss.call(LABELS, LOGITS))
 
 
 class TestValuesAtTheEdge:
@@ -229,7 +481,7 @@ class TestModule:
     @pytest.mark.parametrize("copied", [
         copy.copy, copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss)),
         lambda loss: loss.to("cpu"), lambda loss: loss.to(torch.float64), lambda loss: loss.eval(),
-        lambda loss: loss.half(),
+        lambda loss: loss.half(), lambda loss: nn.Sequential(loss).double()[0],
     ])  # fmt: skip
     def test_copies_and_moves_change_nothing(self, copied):
         loss = SparseCategoricalCrossentropy(True, ignore_class=-1, reduction="sum", name="n")

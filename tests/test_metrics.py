@@ -20,6 +20,16 @@ from torch_sce.reduction import sample_means
 
 NAN = float("nan")
 ALL = [getattr(metrics, name) for name in metrics.__all__]
+OPTIONS: dict[str, dict[str, list]] = {name: {} for name in metrics.__all__} | {
+    "SparseTopKCategoricalAccuracy": {"k": [1, 5], "from_sorted_ids": [False, True]},
+    "TopKCategoricalAccuracy": {"k": [1, 5]},
+    "SparseCategoricalCrossentropy": {
+        "from_logits": [False, True], "ignore_class": [None, -1], "axis": [-1, 1],
+    },
+    "CategoricalCrossentropy": {
+        "from_logits": [False, True], "label_smoothing": [0.0, 0.1], "axis": [-1, 1],
+    },
+}  # fmt: skip
 
 
 def batch(cls, shape=(6,), classes=4, seed=0):
@@ -109,7 +119,6 @@ class TestEveryMetric:
             other.update_state(y, p)
             assert other.count == 12
             torch.testing.assert_close(other.result(), metric.result())
-        assert metric.half().double().total.dtype == torch.float64  # as every torchmetrics state
 
     def test_a_config_round_trips(self, cls):
         metric = cls(name="mine", dtype="float64")
@@ -124,9 +133,87 @@ class TestEveryMetric:
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
     def test_the_result_has_the_metric_s_dtype(self, cls, dtype):
-        metric = cls(dtype=dtype)
-        metric.update_state(*batch(cls))
-        assert metric.result().dtype == getattr(torch, dtype)
+        made, set_later, cast = cls(dtype=dtype), cls(), cls()
+        set_later.dtype = dtype
+        assert cast.set_dtype(dtype) is cast
+        for metric in (made, set_later, cast):
+            metric.update_state(*batch(cls))
+            assert metric.dtype == metric.result().dtype == getattr(torch, dtype)
+            assert metric.get_config()["dtype"] == dtype
+
+    def test_casting_a_model_does_not_round_its_state(self, cls):
+        for cast in (
+            lambda metric: metric.half(),
+            lambda metric: metric.to(torch.bfloat16),
+            lambda metric: torch.nn.ModuleDict({"m": metric}).to(torch.float16)["m"],
+            lambda metric: metric.set_dtype("float16"),
+            lambda metric: torchmetrics.MetricCollection([metric]).set_dtype(torch.float16),
+        ):
+            metric = cls()
+            metric.update_state(*batch(cls), sample_weight=2049.0)
+            cast(metric)
+            assert int(metric.count) == 2049
+            assert metric.count.dtype == metric.total.dtype == torch.float64
+            metric.reset()
+            assert int(metric.count) == 0 and metric.count.dtype == torch.float64
+        assert metric.to("meta").count.device.type == "meta"
+
+    def test_its_options_are_attributes_that_only_the_constructor_sets(self, cls):
+        metric = cls()
+        assert set(metric.options) == set(OPTIONS[cls.__name__])
+        for name, values in OPTIONS[cls.__name__].items():
+            for value in values:
+                metric = cls(**{name: value})
+                assert getattr(metric, name) == metric.get_config()[name] == value
+                with pytest.raises(
+                    AttributeError, match=rf"{name} of a metric .*\({name}={value!r}"
+                ):
+                    setattr(metric, name, value)
+                assert getattr(copy.deepcopy(metric), name) == value
+
+    def test_its_name_and_dtype_are_parsed_when_they_are_set(self, cls):
+        metric = cls()
+        metric.name, metric.dtype = "mine", "float64"
+        assert metric.get_config() == cls(name="mine", dtype="float64").get_config()
+        metric.name = None
+        assert metric.name == cls().name
+        for name, value in (("name", 3), ("dtype", "int32")):
+            with pytest.raises(TypeError, match=f"^{name} must be .*, got {value!r}"):
+                setattr(metric, name, value)
+            with pytest.raises(TypeError, match=f"^{name} must be .*, got {value!r}"):
+                cls(**{name: value})
+
+    def test_a_subclass_with_a_constructor_of_its_own_lives_as_others_do(self, cls):
+        def init(self, tag):
+            cls.__init__(self, name="n")
+            self.tag = tag
+
+        def passing(self, tag="", **kwargs):
+            cls.__init__(self, **kwargs)
+            self.tag = tag
+
+        metric = type("Mine", (cls,), {"__init__": init})("t")
+        assert repr(metric) == "Mine(name='n')"
+        assert "(0): Mine(name='n')" in repr(torch.nn.Sequential(metric))
+        assert copy.deepcopy(metric).get_config() == metric.get_config()
+        with pytest.raises(ValueError, match=r"a Mine, which has no options .* only \['tag'\]"):
+            type(metric).from_config(metric.get_config())
+        other = type("Passing", (cls,), {"__init__": passing})
+        again = other.from_config(metric.get_config() | {"tag": "t"})
+        assert again.get_config() == metric.get_config() and again.tag == "t"
+        renamed = type("Renamed", (cls,), {"get_config": lambda self: {"other": 1}})()
+        assert repr(renamed) == "Renamed()"
+
+    @pytest.mark.parametrize(("config", "error", "message"), [
+        (None, TypeError, "config must be a dict, as .* got None"),
+        ({"config": [1]}, TypeError, r"config must be a dict, .* got {'config': \[1\]}"),
+        ({"class_name": "Mean", "config": {}}, ValueError, "got one of a Mean"),
+        ({"reduction": "sum"}, ValueError, r"no options \['reduction'\], only \['"),
+        ({"kwargs": 1, "options": 2}, ValueError, r"no options \['kwargs', 'options'\]"),
+    ])  # fmt: skip
+    def test_a_config_of_something_else_is_refused(self, cls, config, error, message):
+        with pytest.raises(error, match=message):
+            cls.from_config(config)
 
     def test_it_updates_in_a_compiled_full_graph(self, cls):
         torch.compiler.reset()

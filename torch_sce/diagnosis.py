@@ -108,7 +108,7 @@ class Batch:
 
     def another(self, **options: Any) -> Loss:
         """A loss that differs in these options."""
-        return type(self.loss).from_config(self.loss.get_config() | options)
+        return self.loss._with(**options)
 
     def among_rows(self, **options: Any) -> Loss:
         """A loss for `rows`, in which every sample counts."""

@@ -1,6 +1,9 @@
 """The losses as modules: they hold options and join `functional` with `reduction`."""
 
-from typing import Any, Self
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +17,85 @@ from .options import (
     check_ignore_class,
     check_name,
     check_smoothing,
+    family_class,
     options_in,
     shown_options,
 )
 from .reduction import aligned, check_reduction, combine_masks, reduce
 
 
-class SparseCategoricalCrossentropy(nn.Module):
+class _Loss(nn.Module):
+    """What the losses share: options that are parsed whenever they are set, and their configs."""
+
+    _options: ClassVar[dict[str, Callable[[Any], Any]]]  # the parser of each, as repr has them
+    dtype: torch.dtype
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _Loss not in cls.__bases__ and cls.call is not family_class(cls, _Loss).call:
+            raise TypeError(
+                f"{cls.__name__} must not override call, which would have no effect: a loss does "
+                "not compute its value with it. Override forward(y_true, y_pred, sample_weight, "
+                "mask)."
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parse = self._options.get(name)
+        super().__setattr__(name, value if parse is None else parse(value))
+
+    def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
+        """The losses per position."""
+        raise NotImplementedError
+
+    def as_criterion(self) -> nn.Module:
+        """This loss as a module called with predictions first: `criterion(input, target)`.
+
+        For code that has PyTorch's order of arguments, such as skorch, ignite or fastai.
+
+        >>> criterion = SparseCategoricalCrossentropy(from_logits=True).as_criterion()
+        >>> round(criterion(torch.tensor([[2.0, 0.5, 1.0, 0.1]]), torch.tensor([2])).item(), 3)
+        1.554
+        """
+        return _Criterion(self)
+
+    def get_config(self) -> dict[str, Any]:
+        """The options, as plain values that `from_config` takes.
+
+        Differs from Keras: `dtype` is kept, and for integer labels `axis`.
+
+        >>> SparseCategoricalCrossentropy(axis=1, dtype="float64").get_config()["axis"]
+        1
+        """
+        config = {name: getattr(self, name) for name in self._options}
+        return config | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A loss with these options: our own `get_config()`, or that of a Keras loss.
+
+        What `keras.losses.serialize` returns, a config with the name of its class, is taken too.
+
+        >>> keras_config = {"name": "sce", "reduction": "sum", "from_logits": True,
+        ...                 "ignore_class": None}
+        >>> SparseCategoricalCrossentropy.from_config(keras_config)
+        SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
+        """
+        return cls(**options_in(config, cls, _Loss))
+
+    def extra_repr(self) -> str:
+        # Not self.get_config(): a subclass may have given it other keys.
+        default = family_class(type(self), _Loss)()
+        return shown_options(_Loss.get_config(self), _Loss.get_config(default), "from_logits")
+
+    def _with(self, **options: Any) -> Self:
+        """A copy that differs in these options, of a subclass with any constructor."""
+        other = copy.copy(self)
+        for name, value in options.items():
+            setattr(other, name, value)
+        return other
+
+
+class SparseCategoricalCrossentropy(_Loss):
     """The cross-entropy, in nats, between integer labels and predictions, weighted and averaged.
 
     A drop-in for `tf.keras.losses.SparseCategoricalCrossentropy`: the same options in the same
@@ -56,6 +131,15 @@ class SparseCategoricalCrossentropy(nn.Module):
     SparseCategoricalCrossentropy(from_logits=False)
     """
 
+    _options: ClassVar = {
+        "from_logits": partial(check_flag, "from_logits"),
+        "ignore_class": check_ignore_class,
+        "reduction": check_reduction,
+        "axis": check_axis,
+        "name": partial(check_name, default="sparse_categorical_crossentropy"),
+        "dtype": check_dtype,
+    }
+
     def __init__(
         self,
         from_logits: bool = False,
@@ -66,12 +150,12 @@ class SparseCategoricalCrossentropy(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = check_ignore_class(ignore_class)
-        self.reduction = check_reduction(reduction)
-        self.axis = check_axis(axis)
-        self.name = check_name(name, "sparse_categorical_crossentropy")
-        self.dtype = check_dtype(dtype)
+        self.from_logits = from_logits
+        self.ignore_class = ignore_class
+        self.reduction = reduction
+        self.axis = axis
+        self.name = name
+        self.dtype = dtype
 
     def forward(
         self,
@@ -122,53 +206,21 @@ class SparseCategoricalCrossentropy(nn.Module):
         )
         return losses, weight, mask
 
-    def as_criterion(self) -> nn.Module:
-        """This loss as a module called with predictions first: `criterion(input, target)`.
+    def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
+        """The losses per position, before weights and reduction: Keras's `Loss.call`.
 
-        For code that has PyTorch's order of arguments, such as skorch, ignite or fastai.
+        That is the function `sparse_categorical_crossentropy` with this loss's `from_logits`,
+        `ignore_class` and `axis`. As in Keras, `dtype` and `reduction` do not matter here.
 
-        >>> criterion = SparseCategoricalCrossentropy(from_logits=True).as_criterion()
-        >>> round(criterion(torch.tensor([[2.0, 0.5, 1.0, 0.1]]), torch.tensor([2])).item(), 3)
-        1.554
+        >>> loss = SparseCategoricalCrossentropy()
+        >>> [round(x, 4) for x in loss.call([1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]).tolist()]
+        [0.0513, 2.3026]
         """
-        return _Criterion(self)
-
-    def get_config(self) -> dict[str, Any]:
-        """The options, as plain values that `from_config` takes.
-
-        Differs from Keras: `axis` and `dtype` are kept.
-
-        >>> SparseCategoricalCrossentropy(axis=1).get_config()["axis"]
-        1
-        """
-        return {
-            "name": self.name,
-            "reduction": self.reduction,
-            "from_logits": self.from_logits,
-            "ignore_class": self.ignore_class,
-            "axis": self.axis,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """A loss with these options: our own `get_config()`, or that of a Keras loss.
-
-        What `keras.losses.serialize` returns, a config with the name of its class, is taken too.
-
-        >>> keras_config = {"name": "sce", "reduction": "sum", "from_logits": True,
-        ...                 "ignore_class": None}
-        >>> SparseCategoricalCrossentropy.from_config(keras_config)
-        SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
-        """
-        return cls(**options_in(config, cls))
-
-    def extra_repr(self) -> str:
-        shown = ("from_logits", "ignore_class", "reduction", "axis", "name", "dtype")
-        return shown_options(self.get_config(), type(self)().get_config(), shown, "from_logits")
+        options = (self.from_logits, self.ignore_class, self.axis)
+        return functional.sparse_categorical_crossentropy(y_true, y_pred, *options)
 
 
-class CategoricalCrossentropy(nn.Module):
+class CategoricalCrossentropy(_Loss):
     """The cross-entropy, in nats, between targets for every class and predictions.
 
     A drop-in for `tf.keras.losses.CategoricalCrossentropy`, for labels that are one-hot or soft.
@@ -199,6 +251,15 @@ class CategoricalCrossentropy(nn.Module):
     CategoricalCrossentropy(from_logits=False, label_smoothing=0.1)
     """
 
+    _options: ClassVar = {
+        "from_logits": partial(check_flag, "from_logits"),
+        "label_smoothing": check_smoothing,
+        "reduction": check_reduction,
+        "axis": check_axis,
+        "name": partial(check_name, default="categorical_crossentropy"),
+        "dtype": check_dtype,
+    }
+
     def __init__(
         self,
         from_logits: bool = False,
@@ -209,12 +270,12 @@ class CategoricalCrossentropy(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.from_logits = check_flag("from_logits", from_logits)
-        self.label_smoothing = check_smoothing(label_smoothing)
-        self.axis = check_axis(axis)
-        self.reduction = check_reduction(reduction)
-        self.name = check_name(name, "categorical_crossentropy")
-        self.dtype = check_dtype(dtype)
+        self.from_logits = from_logits
+        self.label_smoothing = label_smoothing
+        self.axis = axis
+        self.reduction = reduction
+        self.name = name
+        self.dtype = dtype
 
     def forward(
         self,
@@ -265,44 +326,21 @@ class CategoricalCrossentropy(nn.Module):
         )
         return losses, weight, mask
 
-    def as_criterion(self) -> nn.Module:
-        """This loss as a module called with predictions first: `criterion(input, target)`.
+    def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
+        """The losses per position, before weights and reduction: Keras's `Loss.call`.
 
-        >>> criterion = CategoricalCrossentropy(from_logits=True).as_criterion()
-        >>> round(criterion(torch.tensor([[2.0, 0.5, 1.0]]), torch.tensor([[0, 0, 1]])).item(), 3)
-        1.464
+        That is the function `categorical_crossentropy` with this loss's `from_logits`,
+        `label_smoothing` and `axis`. As in Keras, `dtype` and `reduction` do not matter here.
+
+        >>> loss = CategoricalCrossentropy()
+        >>> [round(x, 4) for x in loss.call([[0, 1, 0]], [[0.05, 0.95, 0]]).tolist()]
+        [0.0513]
         """
-        return _Criterion(self)
-
-    def get_config(self) -> dict[str, Any]:
-        """The options, as plain values that `from_config` takes.
-
-        Differs from Keras: `dtype` is kept.
-
-        >>> CategoricalCrossentropy(dtype="float64").get_config()["dtype"]
-        'float64'
-        """
-        return {
-            "name": self.name,
-            "reduction": self.reduction,
-            "from_logits": self.from_logits,
-            "label_smoothing": self.label_smoothing,
-            "axis": self.axis,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """A loss with these options, as `SparseCategoricalCrossentropy.from_config` takes them.
-
-        >>> CategoricalCrossentropy.from_config({"name": "cce", "label_smoothing": 0.2})
-        CategoricalCrossentropy(from_logits=False, label_smoothing=0.2, name='cce')
-        """
-        return cls(**options_in(config, cls))
-
-    def extra_repr(self) -> str:
-        shown = ("from_logits", "label_smoothing", "reduction", "axis", "name", "dtype")
-        return shown_options(self.get_config(), type(self)().get_config(), shown, "from_logits")
+        y_pred = functional.floats(y_pred)
+        y_true = functional.to_tensor("y_true", y_true, y_pred)
+        y_true, y_pred = functional.match_ranks(y_true, y_pred)
+        options = (self.from_logits, self.label_smoothing, self.axis)
+        return functional.categorical_crossentropy(y_true, y_pred, *options)
 
 
 class _Criterion(nn.Module):

@@ -19,6 +19,7 @@ for the device. (MPS has no float64: there, keep metrics on the CPU.)
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -42,6 +43,7 @@ from .options import (
     check_k,
     check_name,
     check_smoothing,
+    family_class,
     options_in,
     shown_options,
 )
@@ -58,6 +60,22 @@ __all__ = [
 ]
 
 
+class _Option:
+    """An option as a read-only attribute: the state is named for it, and was counted with it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, metric: Any, owner: type | None = None) -> Any:
+        return self if metric is None else metric.options[self.name]
+
+    def __set__(self, metric: Any, value: Any) -> None:
+        raise AttributeError(
+            f"{self.name} of a metric cannot be changed: make another, "
+            f"{type(metric).__name__}({self.name}={value!r})"
+        )
+
+
 class _Mean(Metric):
     """The mean over samples of what `_values` gives: Keras's `MeanMetricWrapper`."""
 
@@ -68,8 +86,8 @@ class _Mean(Metric):
     def __init__(self, name: str | None, dtype: Any, options: dict[str, Any], **kwargs: Any):
         super().__init__(**kwargs)
         self.options = options
-        self.name = check_name(name, _snake_case(type(self).__name__))
-        self.result_dtype = check_dtype(dtype)
+        self.name = name
+        self.dtype = dtype
         # A MetricCollection takes metrics for one if their states have the same names and, after
         # the first batch, the same values: top-1 and top-5 must not. So a checkpoint is one of
         # these options, too.
@@ -89,6 +107,39 @@ class _Mean(Metric):
     @_update_count.setter
     def _update_count(self, value: int) -> None:
         self._updates = min(value, 1) if torch.compiler.is_compiling() else value
+
+    @property
+    def name(self) -> str:
+        """The name, kept in the config."""
+        return vars(self)["name"]
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        vars(self)["name"] = check_name(name, _snake_case(type(self).__name__))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the result; total and count are float64."""
+        return self.result_dtype
+
+    @dtype.setter
+    def dtype(self, dtype: Any) -> None:
+        self.result_dtype = check_dtype(dtype)
+
+    def set_dtype(self, dst_type: Any) -> Self:
+        """Sets `dtype`: torchmetrics' call, which would round total and count."""
+        self.dtype = dst_type
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """Moves total and count, as `nn.Module.to` says, but leaves them in float64."""
+
+        def moved(x: Tensor) -> Tensor:
+            there = fn(x)
+            return there if there.dtype == x.dtype else x.to(there.device)
+
+        super()._apply(moved, *args, **kwargs)
+        return self
 
     @property
     def total(self) -> Tensor:
@@ -125,7 +176,7 @@ class _Mean(Metric):
         """total / count, in the metric's dtype; 0 where the count is 0."""
         is_zero = self.count == 0
         value = torch.where(is_zero, 0, self.total / torch.where(is_zero, 1, self.count))
-        return value.to(self.result_dtype)
+        return value.to(self.dtype)
 
     def update_state(
         self,
@@ -164,17 +215,18 @@ class _Mean(Metric):
 
     def get_config(self) -> dict[str, Any]:
         """The options, as plain values that `from_config` takes."""
-        dtype = str(self.result_dtype).removeprefix("torch.")
-        return {"name": self.name, "dtype": dtype, **self.options}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**self.options, "name": self.name, "dtype": dtype}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """A metric with these options: our own `get_config()`, or that of a Keras metric."""
-        return cls(**options_in(config, cls))
+        return cls(**options_in(config, cls, _Mean))
 
     def extra_repr(self) -> str:
-        default = type(self).from_config({}).get_config()
-        return shown_options(self.get_config(), default, (*self.options, "name", "dtype"))
+        # Not self.get_config(): a subclass may have given it other keys.
+        default = family_class(type(self), _Mean)()
+        return shown_options(_Mean.get_config(self), _Mean.get_config(default))
 
     def _values(
         self, y_true: ArrayLike, y_pred: Tensor, mask: Tensor | None
@@ -257,6 +309,9 @@ class SparseTopKCategoricalAccuracy(_Mean):
     tensor(0.5000)
     """
 
+    k = _Option()
+    from_sorted_ids = _Option()
+
     def __init__(
         self,
         k: int = 5,
@@ -282,6 +337,8 @@ class TopKCategoricalAccuracy(_Mean):
     >>> metric.result()
     tensor(0.5000)
     """
+
+    k = _Option()
 
     def __init__(
         self,
@@ -311,6 +368,10 @@ class SparseCategoricalCrossentropy(_Mean):
 
     higher_is_better = False
 
+    from_logits = _Option()
+    ignore_class = _Option()
+    axis = _Option()
+
     def __init__(
         self,
         name: str | None = "sparse_categorical_crossentropy",
@@ -329,14 +390,14 @@ class SparseCategoricalCrossentropy(_Mean):
 
     def _values(self, y_true, y_pred, mask):
         y_pred = functional.floats(y_pred)
-        axis = functional.class_axis(self.options["axis"], y_pred)
+        axis = functional.class_axis(self.axis, y_pred)
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         labels = functional.labels_for(y_true, y_pred, axis)
-        counted = kept = functional.not_ignored(labels, self.options["ignore_class"])
+        counted = kept = functional.not_ignored(labels, self.ignore_class)
         if mask is not None:
             shown = over_leading_axes("mask", mask, labels.shape).bool().expand(labels.shape)
             counted = shown if kept is None else shown & kept
-        logits, dtype = self.options["from_logits"], y_pred.dtype
+        logits, dtype = self.from_logits, y_pred.dtype
         return functional.sample_losses(labels, y_pred, counted, logits, axis, dtype), kept
 
 
@@ -353,6 +414,10 @@ class CategoricalCrossentropy(_Mean):
     """
 
     higher_is_better = False
+
+    from_logits = _Option()
+    label_smoothing = _Option()
+    axis = _Option()
 
     def __init__(
         self,

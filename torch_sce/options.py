@@ -90,24 +90,48 @@ def check_dtype(dtype: Any) -> torch.dtype:
     raise error(f"dtype must be None or one of {names}, got {dtype!r}")
 
 
-def options_in(config: Any, cls: type) -> dict[str, Any]:
-    """The options in a config of ours or of Keras, for this class."""
-    if not isinstance(config, Mapping):
-        raise TypeError(f"config must be a dict, as get_config() returns it, got {config!r}")
-    name = cls.__name__
-    if config.get("class_name", name) != name:
-        raise ValueError(f"config must be that of a {name}, got one of a {config['class_name']}")
-    options = {**config.get("config", config)}
-    options.pop("fn", None)  # Keras 2
-    unknown = [key for key in options if key not in inspect.signature(cls).parameters]
+def family_class(cls: type, base: type) -> Any:
+    """The class of ours that `cls` is or extends: the one right below the family's base."""
+    return next(each for each in cls.__mro__ if base in each.__bases__)
+
+
+def options_in(config: Any, cls: type, base: type) -> dict[str, Any]:
+    """The options in a config of ours or of Keras, for this class of the family of `base`."""
+    ours, options = family_class(cls, base), config
+    if isinstance(config, Mapping) and {"class_name", "config"} & set(config):
+        name = config.get("class_name", cls.__name__)  # as keras.losses.serialize returns it
+        if name not in [cls.__name__, ours.__name__]:
+            raise ValueError(f"config must be that of a {cls.__name__}, got one of a {name}")
+        options = config.get("config")
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            "config must be a dict, as get_config() returns it, or have one under 'config', "
+            f"got {config!r}"
+        )
+    options = {key: value for key, value in options.items() if key != "fn"}  # "fn": Keras 2
+    taken = _constructor_options(cls, ours)
+    unknown = [key for key in options if key not in taken]
     if unknown:
-        raise ValueError(f"config must be that of a {name}, which has no options {unknown}")
+        raise ValueError(
+            f"config must be that of a {cls.__name__}, which has no options {unknown}, only {taken}"
+        )
     return options
 
 
-def shown_options(
-    config: dict[str, Any], default: dict[str, Any], names: tuple[str, ...], always: str = ""
-) -> str:
-    """Those of the named options that are not as they are by default, and one that is shown."""
-    shown = (key for key in names if key == always or config[key] != default[key])
+def _constructor_options(cls: type, ours: type) -> list[str]:
+    """What the constructor takes by name, through `**kwargs` what those of its bases do."""
+    taken = []
+    for each in cls.__mro__:
+        if "__init__" not in vars(each):
+            continue
+        parameters = list(inspect.signature(each.__init__).parameters.values())[1:]
+        taken += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if each is ours or all(p.kind != p.VAR_KEYWORD for p in parameters):
+            break
+    return list(dict.fromkeys(taken))
+
+
+def shown_options(config: dict[str, Any], default: dict[str, Any], always: str = "") -> str:
+    """The options that are not as they are by default, and one that is always shown."""
+    shown = (key for key in config if key == always or config[key] != default[key])
     return ", ".join(f"{key}={config[key]!r}" for key in shown)

@@ -115,6 +115,8 @@ class SparseCategoricalCrossentropy(_Loss):
             a torch dtype, a name, a NumPy dtype or a Keras dtype policy. Predictions are cast
             to it first. Halves are computed in float32 and cast at the end.
 
+    Options may be set later, `loss.reduction = "sum"`, under the same rules.
+
     Raises:
         ValueError: an unknown reduction or name of a dtype.
         TypeError: an axis that is not an integer, a dtype that is not floating-point.

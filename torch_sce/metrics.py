@@ -11,10 +11,14 @@ Calling the metric is torchmetrics' `forward(preds, target)`: it updates, and re
 of this batch alone. What torchmetrics has works: collections, checkpoints, moving to a device,
 and the sum over the ranks of `torch.distributed`.
 
+Options are attributes, as in Keras: `metric.k`. `name` and `dtype` can be set later, the others
+cannot, since samples have been counted with them.
+
 The value is total / count, and 0 while there is no count. Every sample is averaged over its
 elements first, then the samples; `torch_sce.reduction.sample_means` has the rule. Total and count
-are float64: the count of a float32 metric of Keras stops at 2^24 samples. An update does not wait
-for the device. (MPS has no float64: there, keep metrics on the CPU.)
+are float64, also after `model.to(torch.bfloat16)`: the count of a float32 metric of Keras stops at
+2^24 samples. An update does not wait for the device. (MPS has no float64: there, keep metrics on
+the CPU.)
 """
 
 import re

@@ -21,6 +21,7 @@ from .functional import (
     to_tensor,
     values_can_be_read,
 )
+from .kernels import whole_rows
 from .options import check_flag, check_k
 
 
@@ -185,6 +186,7 @@ def _batch(y_pred: Tensor) -> Tensor:
 
 def _largest(values: Tensor) -> Tensor:
     """Where on the last axis the largest value is: the first of several, never a NaN."""
+    values = whole_rows(values)
     if not values.is_floating_point():
         return class_numbers(values).argmax(-1)
     index = values.argmax(-1)
@@ -196,6 +198,7 @@ def _largest(values: Tensor) -> Tensor:
 
 def _in_top_k(y: Tensor, y_pred: Tensor, k: int) -> Tensor:
     """As `tf.math.in_top_k`."""
+    y_pred = whole_rows(y_pred)
     if not y_pred.is_floating_point():
         y_pred = class_numbers(y_pred)  # unsigned ones know few operations
     classes = y_pred.shape[-1]

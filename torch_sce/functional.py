@@ -5,7 +5,6 @@ are on, which samples are ignored, and what is an error. Everything a user passe
 or in `reduction`, once; the kernels trust what they get.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .kernels import IGNORED, is_traced, row_losses, target_losses
+from .kernels import IGNORED, can_look_into, row_losses, target_losses
 from .options import FLOATS, check_axis, check_flag, check_ignore_class, check_smoothing
 
 ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
@@ -24,8 +23,8 @@ HALVES = (torch.float16, torch.bfloat16)
 # The two bounds as each dtype rounds them, as Keras clips in the dtype it computes in.
 CLIP = {
     dtype: (
-        torch.tensor(EPSILON, dtype=dtype).item(),
-        torch.tensor(1 - EPSILON, dtype=dtype).item(),
+        torch.tensor(EPSILON, dtype=dtype, device="cpu").item(),
+        torch.tensor(1 - EPSILON, dtype=dtype, device="cpu").item(),
     )
     for dtype in FLOATS
 }
@@ -158,10 +157,12 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
             dtype = float64_on(device) if isinstance(value, float) else None
             # Filling a scalar needs no transfer from the host.
             return torch.full((), value, dtype=dtype, device=device)
-        tensor = torch.as_tensor(to_array(name, value))
+        tensor = torch.as_tensor(to_array(name, value), device="cpu")
         if tensor.dtype == torch.float64:
             tensor = tensor.to(float64_on(device))
         tensor = tensor.to(device)
+    if like is not None and type(tensor) is not type(like):
+        _check_placement(name, tensor, like)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
@@ -170,6 +171,23 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
         )
         raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}")
     return tensor
+
+
+def _check_placement(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raises where one is a DTensor and the other is not, unless that is a scalar."""
+    here, there = (getattr(x, "placements", None) for x in (tensor, like))
+    if (here is None) == (there is None) or tensor.ndim == 0:
+        return
+    if here is None:
+        raise TypeError(
+            f"{name} must be a DTensor as y_pred is, which has the placements {tuple(there)}, got "
+            f"none: pass torch.distributed.tensor.distribute_tensor({name}, y_pred.device_mesh, "
+            "placements)"
+        )
+    raise TypeError(
+        f"{name} must be no DTensor where y_pred is none, got one with the placements "
+        f"{tuple(here)}: pass {name}.full_tensor(), or to_local() if y_pred is one rank's part"
+    )
 
 
 def float64_on(device: torch.device) -> torch.dtype:
@@ -317,14 +335,10 @@ def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
         return None
     if labels.is_floating_point():
         return labels.to(float64_on(labels.device)) != float(ignore_class)
-    if not isinstance(ignore_class, int):
-        value = float(ignore_class)
-        if not (math.isfinite(value) and value == int(value)):
-            return torch.ones_like(labels, dtype=torch.bool)
-        ignore_class = int(value)
-    if not -(2**63) <= ignore_class < 2**63:
+    # The range comes first: NaN and infinities are outside of it, and have no integer.
+    if not (-(2**63) <= ignore_class < 2**63 and ignore_class == int(ignore_class)):
         return torch.ones_like(labels, dtype=torch.bool)
-    return class_numbers(labels) != ignore_class
+    return class_numbers(labels) != int(ignore_class)
 
 
 def class_numbers(labels: Tensor) -> Tensor:
@@ -402,7 +416,7 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
 
 def values_can_be_read(x: Tensor) -> bool:
     """Whether looking at the values costs no wait and breaks no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_traced()
+    return x.device.type == "cpu" and can_look_into(x)
 
 
 def _label_hint(label: float, y: Tensor, counted: Tensor | None, classes: int) -> str:

@@ -49,7 +49,9 @@ from . import aten, cpu, targets
 from .aten import IGNORED, Clip
 from .targets import Smoothing
 
-__all__ = ["IGNORED", "row_losses", "target_losses"]
+__all__ = ["IGNORED", "can_look_into", "row_losses", "target_losses", "whole_rows"]
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = False) -> Tensor:
@@ -58,7 +60,8 @@ def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = Fals
     `clip` says what z holds: None for logits, (low, high) for probabilities to be clipped to
     these inclusive bounds. `all_classes` says that every label is known to be a class.
     """
-    if _needs_plain_operations(z):
+    if _needs_plain_operations(z, y):
+        z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, clip)
     if y.ndim == 0:
         return row_losses(z.unsqueeze(0), y.unsqueeze(0), clip, all_classes).squeeze(0)
@@ -82,8 +85,10 @@ def target_losses(
     `clip` is as for `row_losses`. `smoothing`, (keep, share), makes t_j keep * t_j + share.
     `counted`, (...), is false for rows that have loss 0 and gradient 0, whatever they hold.
     """
-    small = z.device.type == "cpu" and targets.is_small(z, clip)
-    if small or _needs_plain_operations(z) or _needs_plain_operations(t):
+    if _needs_plain_operations(z, t, counted):
+        z, t = whole_rows(z), whole_rows(t)
+        return targets.losses(z, t, clip, smoothing, counted)
+    if z.device.type == "cpu" and targets.is_small(z, clip):
         return targets.losses(z, t, clip, smoothing, counted)
     if z.ndim == 1:
         rows = None if counted is None else counted.unsqueeze(0)
@@ -91,13 +96,22 @@ def target_losses(
     return _TargetLosses.apply(z, t, clip, smoothing, counted, _target_kernels(z, t))
 
 
-def _needs_plain_operations(x: Tensor) -> bool:
-    """The compiler fuses them better than we could, and transforms need them."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad.unpack_dual(x).tangent is not None
+def _needs_plain_operations(*tensors: Tensor | None) -> bool:
+    """The compiler fuses them better than we could, and forward derivatives need them."""
+    return not can_look_into(*tensors) or any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     )
+
+
+def whole_rows(z: Tensor) -> Tensor:
+    """z; of a DTensor a copy of which each rank has all the classes of its rows."""
+    placements = getattr(z, "placements", None)
+    if placements is None:
+        return z
+    from torch.distributed.tensor import Replicate  # not before: few need it, and it takes long
+
+    whole = [Replicate() if p.is_partial() or p.is_shard(z.ndim - 1) else p for p in placements]
+    return z.redistribute(placements=whole)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _RowLosses(torch.autograd.Function):
@@ -114,7 +128,7 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx, *upstream):
         (g,), (z, y, *summary) = upstream, ctx.saved_tensors
         no_more = (None, None, None, None)
-        if _needs_expression(g):
+        if _needs_expression(g, z, y):
             return _differentiable_gradients(g, z, y, ctx.options[0]), *no_more
         return ctx.kernels.backward(g, z, y, *ctx.options, *summary), *no_more
 
@@ -133,7 +147,7 @@ class _TargetLosses(torch.autograd.Function):
     def backward(ctx, *upstream):
         (g,), (z, t, counted, *summary) = upstream, ctx.saved_tensors
         (clip, smoothing), needs = ctx.options, ctx.needs_input_grad[:2]
-        if _needs_expression(g):
+        if _needs_expression(g, z, t, counted):
             both = targets.gradients(g, z, t, clip, smoothing, counted)
             found = [d if need else None for d, need in zip(both, needs, strict=True)]
         else:
@@ -143,9 +157,7 @@ class _TargetLosses(torch.autograd.Function):
 
 
 def _kernels(z: Tensor) -> Any:
-    """The module for z's device. Under a tracing mode values and addresses cannot be had."""
-    if is_traced():
-        return aten
+    """The module for z's device."""
     if z.is_cuda and z.dtype != torch.float64:
         return _cuda_kernels(z.device)
     return cpu if z.device.type == "cpu" else aten
@@ -171,21 +183,42 @@ def _cuda_kernels(device: torch.device) -> Any:
     return cuda
 
 
+def can_look_into(*tensors: Tensor | None) -> bool:
+    """Whether all are dense tensors whose memory holds their values, and nothing watches.
+
+    All others are for PyTorch's operations: a subclass has its own idea of each of them, and
+    transforms and modes see nothing else.
+    """
+    return not is_traced() and all(x is None or _is_plain(x) for x in tensors)
+
+
 def is_traced() -> bool:
-    """Whether a transform or a tracing mode is active, under which values cannot be read."""
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether the compiler, a transform or a mode is active, for which values cannot be read."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+    )
 
 
-def _needs_expression(g: Tensor) -> bool:
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor. Those of `is_grads_batched=True` have no storage."""
+    return (
+        type(x) in PLAIN
+        and x.layout == torch.strided
+        and not x.is_meta
+        and not torch._is_functional_tensor(x)
+        and torch._C._has_storage(x)
+    )
+
+
+def _needs_expression(*tensors: Tensor | None) -> bool:
     """Whether more than the numbers of a gradient is wanted: a derivative of it, or a transform.
 
-    Writing into a buffer would do for neither. The last test is for `is_grads_batched=True`.
+    Writing into a buffer would do for neither, nor for what has no plain memory.
     """
-    return (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore[reportAttributeAccessIssue] no stub
-    )
+    return torch.is_grad_enabled() or not can_look_into(*tensors)
 
 
 def _differentiable_gradients(g: Tensor, z: Tensor, y: Tensor, clip: Clip) -> Tensor:

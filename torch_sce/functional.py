@@ -178,15 +178,14 @@ def _check_placement(name: str, tensor: Tensor, like: Tensor) -> None:
     here, there = (getattr(x, "placements", None) for x in (tensor, like))
     if (here is None) == (there is None) or tensor.ndim == 0:
         return
-    if here is None:
+    if there is None:
         raise TypeError(
-            f"{name} must be a DTensor as y_pred is, which has the placements {tuple(there)}, got "
-            f"none: pass torch.distributed.tensor.distribute_tensor({name}, y_pred.device_mesh, "
-            "placements)"
+            f"{name} must be no DTensor where y_pred is none, got one with placements {here}: "
+            f"pass {name}.full_tensor(), or {name}.to_local() if y_pred is this rank's part"
         )
     raise TypeError(
-        f"{name} must be no DTensor where y_pred is none, got one with the placements "
-        f"{tuple(here)}: pass {name}.full_tensor(), or to_local() if y_pred is one rank's part"
+        f"{name} must be a DTensor, as y_pred is one with placements {there}, got none: pass "
+        f"torch.distributed.tensor.distribute_tensor({name}, y_pred.device_mesh, ...)"
     )
 
 
@@ -391,7 +390,7 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
     Raises for one that counts and is not, where reading the labels costs no wait. That is on the
     CPU in eager mode. Elsewhere the kernels turn such a sample into NaN.
     """
-    if not values_can_be_read(labels):
+    if not values_can_be_read(labels, counted):
         return False
     if y.numel() == 0:
         return True
@@ -414,9 +413,10 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
     )
 
 
-def values_can_be_read(x: Tensor) -> bool:
+def values_can_be_read(*tensors: Tensor | None) -> bool:
     """Whether looking at the values costs no wait and breaks no graph."""
-    return x.device.type == "cpu" and can_look_into(x)
+    here = all(x is None or x.device.type == "cpu" for x in tensors)
+    return here and can_look_into(*tensors)
 
 
 def _label_hint(label: float, y: Tensor, counted: Tensor | None, classes: int) -> str:

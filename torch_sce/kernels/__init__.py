@@ -198,7 +198,7 @@ def is_traced() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     )
 
 
@@ -208,7 +208,7 @@ def _is_plain(x: Tensor) -> bool:
         type(x) in PLAIN
         and x.layout == torch.strided
         and not x.is_meta
-        and not torch._is_functional_tensor(x)
+        and not torch._is_functional_tensor(x)  # pyright: ignore[reportPrivateImportUsage]
         and torch._C._has_storage(x)
     )
 

@@ -257,7 +257,7 @@ def test_other_tensors_take_the_plain_operations(kind, problem, model, size, pat
     problem.check(problem.z, memory_of(losses), memory_of(leaf.grad))
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", ["a subclass", "two tensors", "functional"])
 @pytest.mark.parametrize("which", ["labels", "masks"])
 def test_other_labels_and_masks_take_the_plain_operations(which, kind, problem, model, size, path):
     wrap, leaf = OTHERS[kind], problem.z.requires_grad_()
@@ -421,7 +421,7 @@ class TestCompiler:
         )
         torch.testing.assert_close(exported.module()(z, y), loss(y, z), rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("ignore_class", [255.0, -1.0, 1.0, 1.5, torch.nan])
+    @pytest.mark.parametrize("ignore_class", [1.0, 1.5, torch.nan])
     def test_a_class_to_ignore_may_be_a_float(self, ignore_class):
         loss = SparseCategoricalCrossentropy(ignore_class=ignore_class, reduction="none")
         y, z = torch.tensor([0, 1, 2]), torch.rand(3, 300)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .kernels import IGNORED, can_look_into, row_losses, target_losses
+from .kernels import IGNORED, are_plain, row_losses, target_losses
 from .options import FLOATS, check_axis, check_flag, check_ignore_class, check_smoothing
 
 ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
@@ -416,7 +416,7 @@ def check_range(labels: Tensor, y: Tensor, counted: Tensor | None, classes: int,
 def values_can_be_read(*tensors: Tensor | None) -> bool:
     """Whether looking at the values costs no wait and breaks no graph."""
     here = all(x is None or x.device.type == "cpu" for x in tensors)
-    return here and can_look_into(*tensors)
+    return here and are_plain(*tensors)
 
 
 def _label_hint(label: float, y: Tensor, counted: Tensor | None, classes: int) -> str:

@@ -36,6 +36,9 @@ Nothing here knows of weights, masks or averages: a weight is the upstream gradi
 `forward` and `backward`; what the first returns behind the losses the second is given at the end.
 `targets` is about rows whose label is a target for every class, with formulas of their own: it
 serves any device with `forward_targets` and `backward_targets`, and `cuda` has these two as well.
+
+The modules for a device read memory and write into it. Tensors that are not plain (`are_plain`)
+take the definitions, `aten.row_losses` and `targets.losses`, which are PyTorch's operations.
 """
 
 import functools
@@ -49,7 +52,7 @@ from . import aten, cpu, targets
 from .aten import IGNORED, Clip
 from .targets import Smoothing
 
-__all__ = ["IGNORED", "can_look_into", "row_losses", "target_losses", "whole_rows"]
+__all__ = ["IGNORED", "are_plain", "row_losses", "target_losses", "whole_rows"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -98,13 +101,13 @@ def target_losses(
 
 def _needs_plain_operations(*tensors: Tensor | None) -> bool:
     """The compiler fuses them better than we could, and forward derivatives need them."""
-    return not can_look_into(*tensors) or any(
+    return not are_plain(*tensors) or any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     )
 
 
 def whole_rows(z: Tensor) -> Tensor:
-    """z; of a DTensor a copy of which each rank has all the classes of its rows."""
+    """z; a DTensor with its classes gathered, so that each rank has whole rows."""
     placements = getattr(z, "placements", None)
     if placements is None:
         return z
@@ -183,11 +186,11 @@ def _cuda_kernels(device: torch.device) -> Any:
     return cuda
 
 
-def can_look_into(*tensors: Tensor | None) -> bool:
-    """Whether all are dense tensors whose memory holds their values, and nothing watches.
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether kernels may read these tensors' memory: dense ones, with no mode or transform active.
 
-    All others are for PyTorch's operations: a subclass has its own idea of each of them, and
-    transforms and modes see nothing else.
+    Everything else takes PyTorch's operations: a subclass defines what each of them does, and a
+    mode or a transform sees nothing but them.
     """
     return not is_traced() and all(x is None or _is_plain(x) for x in tensors)
 
@@ -203,7 +206,7 @@ def is_traced() -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor. Those of `is_grads_batched=True` have no storage."""
+    """Whether x is a tensor in memory. A batch from `is_grads_batched=True` has no storage."""
     return (
         type(x) in PLAIN
         and x.layout == torch.strided
@@ -216,9 +219,9 @@ def _is_plain(x: Tensor) -> bool:
 def _needs_expression(*tensors: Tensor | None) -> bool:
     """Whether more than the numbers of a gradient is wanted: a derivative of it, or a transform.
 
-    Writing into a buffer would do for neither, nor for what has no plain memory.
+    Writing into a buffer would do for neither, nor for tensors that are not plain.
     """
-    return torch.is_grad_enabled() or not can_look_into(*tensors)
+    return torch.is_grad_enabled() or not are_plain(*tensors)
 
 
 def _differentiable_gradients(g: Tensor, z: Tensor, y: Tensor, clip: Clip) -> Tensor:

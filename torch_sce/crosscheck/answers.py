@@ -7,10 +7,12 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -22,6 +24,7 @@ from .cases import Batch, Case
 
 TARGET = "tf.keras"
 LIVE = (TARGET, "tf_keras", "keras-torch", "keras-jax")
+FLOAT64 = "float64"  # asks nobody: the rules of `reference` alone
 RECORDED = Path(__file__).with_name("recorded.npz")
 WORKER = Path(__file__).with_name("worker.py")
 INSTALL = {
@@ -57,10 +60,12 @@ class Answer:
 class LiveOracle:
     """A Keras in a subprocess of its own, asked a batch of cases at a time.
 
-    Use as a context manager. What goes wrong in the process is raised as an `OracleError`.
+    It has the next batches before the answers to one are taken, so that it need not wait. Use as
+    a context manager. What goes wrong in the process is raised as an `OracleError`.
     """
 
-    batch_size = 25
+    batch_size = 10
+    batches_ahead = 3
     start_timeout = 180.0  # seconds; importing TensorFlow takes 3 to 60
     batch_timeout = 120.0
 
@@ -70,13 +75,15 @@ class LiveOracle:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
+        self.questions: queue.Queue[Any] = queue.Queue()
         self.replies: queue.Queue[Any] = queue.Queue()
+        self.unread = 0  # batches that are asked and not answered
         self.log: list[bytes] = []
-        self.readers = [
+        self.threads = [
             threading.Thread(target=target, daemon=True)
-            for target in (self._read_replies, self._read_log)
+            for target in (self._send_questions, self._read_replies, self._read_log)
         ]
-        for thread in self.readers:
+        for thread in self.threads:
             thread.start()
         self.versions: dict[str, str] = {}
 
@@ -97,32 +104,40 @@ class LiveOracle:
     def __exit__(self, *_exc: object) -> None:
         self.process.kill()
         self.process.wait()
-        for thread in self.readers:  # a grandchild may hold the pipes open: then let them be
+        self.questions.put(None)
+        for thread in self.threads:  # a grandchild may hold the pipes open: then let them be
             thread.join(timeout=1)
-        if not any(thread.is_alive() for thread in self.readers):
+        if not any(thread.is_alive() for thread in self.threads):
             for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
                 assert stream is not None
                 with suppress(OSError):
                     stream.close()
 
-    def answers(self, cases: Sequence[Case]) -> Iterator[Answer]:
-        """An answer to each case, in order."""
-        for start in range(0, len(cases), self.batch_size):
-            batch = cases[start : start + self.batch_size]
-            # A pipe holds less than a batch: who sends must not wait for a worker that is stuck.
-            questions = [_question(case) for case in batch]
-            threading.Thread(target=self._send, args=[questions], daemon=True).start()
+    def answers(self, cases: Iterable[Case]) -> Iterator[Answer]:
+        """An answer to each case, in order. One call at a time."""
+        while self.unread:  # by a caller who wanted no more
+            self._reply(self.batch_timeout)
+        cases, sizes = iter(cases), deque()
+        while True:
+            while self.unread < self.batches_ahead and (batch := [*islice(cases, self.batch_size)]):
+                self.questions.put([_question(case) for case in batch])
+                self.unread += 1
+                sizes.append(len(batch))
+            if not self.unread:
+                return
             replies = self._reply(self.batch_timeout)
-            if not isinstance(replies, list) or len(replies) != len(batch):
+            if not isinstance(replies, list) or len(replies) != sizes.popleft():
                 raise OracleError(f"the oracle {self.name} gave no answer to each of its cases")
             for reply in replies:
                 yield Answer(**reply)
 
-    def _send(self, message: Any) -> None:
+    def _send_questions(self) -> None:
+        """A pipe holds less than a batch: the reader must not wait for a worker that is stuck."""
         assert self.process.stdin is not None
         with suppress(OSError, ValueError):  # the reader notices that the worker has gone
-            pickle.dump(message, self.process.stdin)
-            self.process.stdin.flush()
+            while (batch := self.questions.get()) is not None:
+                pickle.dump(batch, self.process.stdin)
+                self.process.stdin.flush()
 
     def _reply(self, timeout: float) -> Any:
         try:
@@ -132,6 +147,7 @@ class LiveOracle:
             raise OracleError(f"the oracle {self.name} gave no answer in {timeout:.0f} s") from None
         if reply is None:
             raise self._crashed()
+        self.unread = max(self.unread - 1, 0)  # the first one is the greeting
         return reply
 
     def _crashed(self) -> OracleError:
@@ -189,7 +205,7 @@ class RecordedOracle:
     def __exit__(self, *_exc: object) -> None:
         pass
 
-    def answers(self, cases: Sequence[Case]) -> Iterator[Answer]:
+    def answers(self, cases: Iterable[Case]) -> Iterator[Answer]:
         """An answer to each case, in order.
 
         Raises:

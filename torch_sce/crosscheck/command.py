@@ -4,35 +4,35 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from . import batch, report
-from .answers import (
-    LIVE,
-    RECORDED,
-    TARGET,
-    Answer,
-    LiveOracle,
-    OracleError,
-    RecordedOracle,
-    our_versions,
-    ours,
-    record,
+from .answers import FLOAT64, LIVE, RECORDED, TARGET, OracleError, record
+from .campaign import (
+    Block,
+    Compared,
+    Here,
+    Plan,
+    Workers,
+    blocks,
+    interruptible,
+    is_kept,
+    names,
+    source,
 )
-from .cases import Case
-from .compare import Verdict, judge
+from .compare import MISMATCH
 from .draw import draw
+from .tally import Ranges, Tally
 
 CASES = 4000
 SEED = 0
-AGREEMENT, DISAGREEMENT, USAGE, NO_ORACLE = 0, 1, 2, 3
+SAVE_EVERY = 30.0  # seconds
+AGREEMENT, DISAGREEMENT, USAGE, NO_ORACLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser()
         options = parser.parse_args(arguments)
         _check_usage(parser, options)
-        return _run(options, _chosen(parser, options), console)
+        _check_filters(parser, options)
+        return _run(parser, options, console)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except OracleError as error:
         console.print(f"[bold red]No cross-check:[/] {error}", highlight=False, soft_wrap=True)
         return NO_ORACLE
@@ -59,11 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         "shape, dtype and errors.",
         epilog="`batch FILE.npz` instead of options looks at a batch of your own: `batch --help`. "
         "Exit code: 0 all cases agree or differ on purpose, 1 a mismatch, 2 wrong usage, "
-        "3 the oracle is missing or has crashed.",
+        "3 the oracle is missing or has crashed, 130 interrupted by Ctrl-C or SIGTERM.",
     )
     add = parser.add_argument
-    add("--cases", type=_from(1), default=CASES, help="how many to draw (%(default)s)")
+    add("--cases", type=_from(1), default=CASES, help="how many to draw of a seed (%(default)s)")
     add("--seed", type=_from(0), default=SEED, help="what to draw them from (%(default)s)")
+    add("--seeds", type=_from(1), default=1, help="how many seeds, from --seed on (%(default)s)")
     add("--case", type=_from(0), metavar="NUMBER", help="this one alone, with all details")
     add(
         "--filter", action="append", default=[], metavar="'FEATURE: VALUE'",
@@ -71,13 +75,26 @@ def _parser() -> argparse.ArgumentParser:
         "'reduction: sum'; given more than once, all of them",
     )  # fmt: skip
     add(
-        "--oracle", choices=(*LIVE, "recorded"), default=TARGET,
+        "--oracle", choices=(*LIVE, "recorded", FLOAT64), default=TARGET,
         help=f"recorded: tf.keras's answers on file to --seed {SEED}, cases below {CASES}, no "
-        "TensorFlow needed; the others are asked beside tf.keras, to show where they differ "
-        "from it (%(default)s)",
+        "TensorFlow needed; float64: nobody is asked, our answers are compared with the rules in "
+        "float64 alone; the others are asked beside tf.keras, to show where they differ from it "
+        "(%(default)s)",
     )  # fmt: skip
     add("--device", default="cpu", help="where torch_sce computes: cpu, cuda, cuda:1, ...")
-    add("--json", type=Path, metavar="FILE", help="write all results there")
+    add(
+        "--workers", type=_from(1), default=1, metavar="N",
+        help="how many processes compare, each with one thread and an oracle of its own; 1: this "
+        "one, with PyTorch's threads (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--json", type=Path, metavar="FILE",
+        help=f"write all results there, every {SAVE_EVERY:.0f} s what is finished",
+    )  # fmt: skip
+    add(
+        "--resume", action="store_true",
+        help="go on with what is finished in the --json file, if there is one",
+    )  # fmt: skip
     add("--html", type=Path, metavar="FILE", help="write a report with plots there")
     add(
         "--record", type=Path, nargs="?", const=RECORDED, metavar="FILE",
@@ -110,84 +127,73 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         report.check_file(parser, path)
     if options.case is not None and options.filter:
         parser.error("--case is one case, --filter chooses among many: pass one of them")
+    if options.case is not None and (options.resume or options.seeds > 1):
+        parser.error("--case is one case, --resume and --seeds are for many: pass one of them")
+    if options.resume and options.json is None:
+        parser.error("--resume goes on with a file: name it by --json")
     everything = options.oracle == TARGET and not options.filter and options.case is None
     if options.record is not None and not everything:
         parser.error("--record takes the answers of tf.keras to all cases")
+    if options.record is not None and (options.workers, options.seeds) != (1, 1):
+        parser.error("--record takes the cases of one seed in order: leave out --workers, --seeds")
+    if options.record is not None and options.resume:
+        parser.error("--record takes all answers of one run: leave out --resume")
 
 
-def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
-    """The cases asked for, at least one."""
-    if options.case is not None:
-        return [draw(options.seed, options.case)]
-    drawn = [draw(options.seed, index) for index in range(options.cases)]
-    named = [{f"{feature}: {value}" for feature, value in c.features.items()} for c in drawn]
-    known = set().union(*named)
+def _check_filters(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program with exit code 2 if no case has all that is asked for."""
+    if not options.filter:
+        return
+    known: set[str] = set()
+    for seed in _seeds(options):
+        for index in range(options.cases):
+            case = draw(seed, index)
+            if is_kept(case, options.filter):
+                return
+            known |= names(case)
     for wanted in options.filter:
         if wanted not in known:
             listed = "\n  ".join(sorted(known))
             parser.error(f"--filter {wanted!r}: no case has that. These there are:\n  {listed}")
-    wanted = set(options.filter)
-    chosen = [case for case, names in zip(drawn, named, strict=True) if wanted <= names]
-    if not chosen:
-        parser.error(f"--filter: none of {options.cases} cases has all of {options.filter}")
-    return chosen
+    total = options.seeds * options.cases
+    parser.error(f"--filter: none of {total} cases has all of {options.filter}")
 
 
-def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> int:
-    start = time.perf_counter()
-    with ExitStack() as stack:
+def _seeds(options: argparse.Namespace) -> range:
+    return range(options.seed, options.seed + options.seeds)
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
+    began = time.perf_counter()
+    plan = Plan(options.oracle, options.device, tuple(options.filter))
+    seen: list[Compared] = []
+    kept = seen if options.case is not None or options.record is not None else None
+    if options.oracle != FLOAT64:
         console.print(f"Starting {options.oracle} ...", highlight=False)
-        other = None
-        if options.oracle == "recorded":
-            target = stack.enter_context(RecordedOracle())
-        else:
-            target = stack.enter_context(LiveOracle(TARGET))
-            if options.oracle != TARGET:
-                other = stack.enter_context(LiveOracle(options.oracle))
-        versions = target.versions | our_versions()
-        device = _device_name(options.device)
-        listed = ", ".join(f"{name} {number}" for name, number in versions.items())
-        console.print(
-            f"{len(cases)} of the cases of --seed {options.seed}, on {device}; {listed}",
-            highlight=False,
-        )
-        poisons = options.device != "cpu"
-        verdicts: list[Verdict] = []
-        answers: list[Answer] = []
-        our_answers: list[Answer] = []
-        for case, answer in _progress(console, cases, target.answers(cases)):
-            answers.append(answer)
-            our_answers.append(ours(case, options.device))
-            verdicts.append(judge(case, answer, our_answers[-1], poisons))
-        others = []
-        if other:
-            console.print(f"Asking {options.oracle} ...", highlight=False)
-            others = [answer for _, answer in _progress(console, cases, other.answers(cases))]
-
-    arguments = [] if options.device == "cpu" else ["--device", options.device]
-    if options.oracle == "recorded":
-        arguments += ["--oracle", "recorded"]
-    if options.case is None:
-        filters = [part for wanted in options.filter for part in ("--filter", wanted)]
-        choice = ["--cases", str(options.cases), *filters]
-    else:
-        choice = ["--case", str(options.case)]
-    results = report.Results(
-        verdicts, options.seed, target.name, versions, device, arguments, choice,
-        time.perf_counter() - start,
-    )  # fmt: skip
+    with interruptible() as stopped:
+        alone = options.workers == 1 or options.case is not None
+        comparing = Here(plan, stopped, kept) if alone else Workers(plan, options.workers, stopped)
+        with comparing:
+            results = _start(parser, options, comparing.versions)
+            _print_start(console, options, results.setting)
+            _compare(options, console, comparing, results, began)
+    if _count(results.tally.finished) < _asked(options):
+        return _interrupted(options, console, results)
     if options.record is not None:
-        record(options.record, cases, answers, target.versions)
+        cases, answers = (
+            [each.verdict.case for each in seen],
+            [each.keras for each in seen if each.keras],
+        )
+        record(options.record, cases, answers, comparing.versions["target"])
         console.print(f"Recorded {len(cases)} answers in {options.record}", highlight=False)
     if options.case is None:
         report.print_tables(console, results)
     else:
-        text = report.details(verdicts[0], answers[0], our_answers[0])
+        text = report.details(seen[0].verdict, seen[0].keras, seen[0].ours)
         console.print(text, highlight=False)
-    if other:
-        report.print_comparison(console, options.oracle, other.versions, cases, answers, others)
-    if options.json:
-        options.json.write_text(report.to_json(results))
+    if comparing.versions["other"]:
+        other = comparing.versions["other"]
+        report.print_comparison(console, options.oracle, other, results.tally)
     if options.html:
         options.html.write_text(report.to_html(results))
         console.print(f"Report: {options.html}", highlight=False)
@@ -196,22 +202,112 @@ def _run(options: argparse.Namespace, cases: list[Case], console: Console) -> in
     return DISAGREEMENT if results.mismatches else AGREEMENT
 
 
+def _start(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    versions: dict[str, dict[str, str]],
+) -> report.Results:
+    """The results of no case yet, or those of the run that goes on."""
+    setting = report.Setting(
+        options.oracle, options.filter, _device_name(options.device),
+        versions["target"] | versions["ours"], source(),
+    )  # fmt: skip
+    arguments = [] if options.device == "cpu" else ["--device", options.device]
+    if options.oracle in ("recorded", FLOAT64):
+        arguments += ["--oracle", options.oracle]
+    if options.case is None:
+        seeds = [] if options.seeds == 1 else ["--seeds", str(options.seeds)]
+        filters = [part for wanted in options.filter for part in ("--filter", wanted)]
+        choice = [*seeds, "--cases", str(options.cases), *filters]
+    else:
+        choice = ["--case", str(options.case)]
+    results = report.Results(Tally(), _seeds(options), setting, arguments, choice)
+    if options.resume and options.json.exists():
+        try:
+            report.resume(results, options.json, options.cases)
+        except ValueError as error:
+            parser.error(f"--resume: {error}; delete the file, or name another")
+    return results
+
+
+def _print_start(console: Console, options: argparse.Namespace, setting: report.Setting) -> None:
+    listed = ", ".join(f"{name} {number}" for name, number in setting.versions.items())
+    seeds = _seeds(options)
+    last = "" if len(seeds) == 1 else f" to {seeds[-1]}"
+    those = "".join(f", those with {wanted!r}" for wanted in options.filter)
+    console.print(
+        f"{_asked(options)} of the cases of --seed {seeds[0]}{last}{those}, on {setting.device}; "
+        f"{listed}",
+        highlight=False,
+    )
+
+
+def _compare(
+    options: argparse.Namespace,
+    console: Console,
+    comparing: Here | Workers,
+    results: report.Results,
+    began: float,
+) -> None:
+    """Adds what comes of the cases to the results, and writes them now and then, and at the end."""
+    tally, earlier, saved = results.tally, results.seconds, began
+    if options.case is not None:
+        todo = iter([Block(options.seed, options.case, options.case + 1)])
+    else:
+        todo = blocks(_seeds(options), options.cases, dict(tally.finished))
+    try:
+        for found in _progress(console, comparing.run(todo), tally, _asked(options)):
+            tally.merge(found)
+            now = time.perf_counter()
+            results.seconds = earlier + now - began
+            if options.json and now - saved > SAVE_EVERY:
+                report.save(results, options.json)
+                saved = now
+    finally:
+        if options.json and tally.finished:
+            report.save(results, options.json)
+
+
+def _interrupted(options: argparse.Namespace, console: Console, results: report.Results) -> int:
+    done = _count(results.tally.finished)
+    if done:
+        report.print_conclusion(console, results)
+    kept = f"is in {options.json}, --resume goes on" if options.json else "is lost without --json"
+    console.print(
+        f"Interrupted: {done} of {_asked(options)} compared; what they gave {kept}.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return INTERRUPTED
+
+
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "the CPU"
 
 
+def _asked(options: argparse.Namespace) -> int:
+    return 1 if options.case is not None else options.seeds * options.cases
+
+
+def _count(finished: dict[int, Ranges]) -> int:
+    return sum(stop - start for ranges in finished.values() for start, stop in ranges)
+
+
 def _progress(
-    console: Console, cases: list[Case], answers: Iterable[Answer]
-) -> Iterator[tuple[Case, Answer]]:
-    """Pairs of case and answer, shown as a bar in a terminal and as lines in a log."""
-    pairs = zip(cases, answers, strict=True)
-    if console.is_terminal:
-        yield from track(pairs, "Comparing", total=len(cases), console=console)
-        return
-    step = max(100, len(cases) // 5)
-    for done in range(0, len(cases), step):
-        yield from islice(pairs, step)
-        console.print(f"{min(done + step, len(cases))} of {len(cases)} compared", highlight=False)
+    console: Console, found: Iterator[Tally], tally: Tally, total: int
+) -> Iterator[Tally]:
+    """The tallies to be merged, shown as a bar in a terminal and as lines in a log."""
+    done = said = _count(tally.finished)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Comparing", total=total, completed=done)
+        for each in found:
+            yield each
+            done += _count(each.finished)
+            bar.update(task, completed=done)
+            if not console.is_terminal and (done == total or done - said >= max(100, total // 20)):
+                mismatches = tally.outcomes[MISMATCH]
+                some = f", {mismatches} mismatch{'es' * (mismatches > 1)}" if mismatches else ""
+                console.print(f"{done} of {total} compared{some}", highlight=False)
+                said = done
 
 
 if __name__ == "__main__":

@@ -24,18 +24,19 @@ class Verdict:
     ulps: dict[str, float] = field(default_factory=dict)  # "ours, value", ...
 
 
-def judge(case: Case, keras: Answer, ours: Answer, poisons: bool = False) -> Verdict:
+def judge(case: Case, keras: Answer | None, ours: Answer, poisons: bool = False) -> Verdict:
     """Whether our answer is the right one, and Keras's the same or one we mean to differ from.
 
+    `keras`: None if nobody was asked, and ours is compared with the float64 answer alone.
     `poisons`: bad labels give NaN instead of an error, as they do on devices.
     """
     right, refused = reference(case, poisons)
     wrong = differs_from_reference(ours, right, case)
     if wrong is not None:
         return Verdict(case, MISMATCH, f"float64 and ours: {wrong}")
-    difference = differs(keras, ours, right, case)
-    if difference is None:
-        raises = "raises" if keras.error else ""
+    difference = None if keras is None else differs(keras, ours, right, case)
+    if keras is None or difference is None:
+        raises = "raises" if ours.error else ""
         return Verdict(case, AGREES, raises, _errors(case, keras, ours, right))
     for each in DIFFERENCES:
         if each.applies(case, keras, ours, refused):
@@ -130,7 +131,9 @@ def _worst(a: np.ndarray, b: np.ndarray) -> str:
     return f"{a.reshape(-1)[where]:.9g} and {b.reshape(-1)[where]:.9g}"
 
 
-def _errors(case: Case, keras: Answer, ours: Answer, right: Expected | None) -> dict[str, float]:
+def _errors(
+    case: Case, keras: Answer | None, ours: Answer, right: Expected | None
+) -> dict[str, float]:
     """Errors against the float64 answer, for losses in float32 that have one."""
     plain = case.is_loss and case.loss_dtype == case.y_pred_dtype == "float32"
     if right is None or not plain:
@@ -141,7 +144,7 @@ def _errors(case: Case, keras: Answer, ours: Answer, right: Expected | None) -> 
             ("value", right.value, right.value_size),
             ("gradient", right.gradient, right.gradient_size),
         ):
-            got = getattr(answer, part)
+            got = getattr(answer, part, None)
             if got is None or truth is None or size is None:
                 continue
             if (np.isfinite(got) & np.isfinite(truth)).any():

@@ -5,10 +5,11 @@ import base64
 import html
 import io
 import json
+import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,91 +19,78 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .answers import TARGET, Answer
-from .cases import Case
-from .compare import AGREES, DELIBERATE, MISMATCH, Verdict, differs, reference
+from .answers import FLOAT64, Answer
+from .compare import AGREES, DELIBERATE, MISMATCH, Verdict, reference
 from .differences import DIFFERENCES
+from .tally import PARTS, WHO, Mismatch, Row, Tally
 
 SCRIPT = ("python", "scripts/cross_check.py")
-PARTS = ("value", "gradient")
-WHO = ("ours", "Keras")
-
-
-@dataclass
-class Row:
-    """The cases that share a feature."""
-
-    cases: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    worst: dict[str, float] = field(default_factory=dict)
-
-    def add(self, verdict: Verdict) -> None:
-        self.cases += 1
-        self.outcomes[verdict.outcome] += 1
-        for key, ulps in verdict.ulps.items():
-            self.worst[key] = max(ulps, self.worst.get(key, 0.0))
+OUTCOMES = {AGREES: "agree", DELIBERATE: "on purpose", MISMATCH: "mismatch"}
 
 
 @dataclass(frozen=True)
-class Results:
-    """All verdicts of a run and what it was run with."""
+class Setting:
+    """What a run is made with. One that goes on has the same."""
 
-    verdicts: list[Verdict]
-    seed: int
     oracle: str
-    versions: dict[str, str]
+    filters: list[str]
     device: str
+    versions: dict[str, str]
+    source: str  # a hash of ours
+
+
+KEYS = [each.name for each in fields(Setting)]
+
+
+@dataclass
+class Results:
+    """What came of a run and what it was run with."""
+
+    tally: Tally
+    seeds: range
+    setting: Setting
     arguments: list[str]  # of the command line: which oracle and device
-    choice: list[str]  # and which cases of the seed
-    seconds: float
+    choice: list[str]  # and which cases of the seeds
+    seconds: float = 0.0
 
     @property
-    def mismatches(self) -> list[Verdict]:
-        return [verdict for verdict in self.verdicts if verdict.outcome == MISMATCH]
+    def who(self) -> tuple[str, ...]:
+        """Whose errors are known."""
+        return WHO[:1] if self.setting.oracle == FLOAT64 else WHO
 
     @property
-    def outcomes(self) -> Counter[str]:
-        return Counter(verdict.outcome for verdict in self.verdicts)
-
-    @property
-    def deliberate(self) -> Counter[str]:
-        return Counter(v.reason for v in self.verdicts if v.outcome == DELIBERATE)
+    def mismatches(self) -> int:
+        return self.tally.outcomes[MISMATCH]
 
     def features(self) -> dict[str, dict[str, Row]]:
         """Rows by feature and value, values in order of how often they were drawn."""
-        rows: dict[str, dict[str, Row]] = {}
-        for verdict in self.verdicts:
-            for feature, value in verdict.case.features.items():
-                rows.setdefault(feature, {}).setdefault(value, Row()).add(verdict)
         return {
-            feature: dict(sorted(values.items(), key=lambda item: -item[1].cases))
-            for feature, values in rows.items()
+            feature: dict(sorted(rows.items(), key=lambda item: (-item[1].cases, item[0])))
+            for feature, rows in self.tally.features.items()
         }
 
-    def errors(self, who: str, part: str) -> np.ndarray:
-        """In ulps, of every case that has a float64 answer and agrees."""
-        key = f"{who}, {part}"
-        return np.array([v.ulps[key] for v in self.verdicts if key in v.ulps])
-
-    def reproduce(self, case: Case) -> str:
+    def reproduce(self, case: Mismatch) -> str:
         """The command that shows this case."""
-        chosen = ("--seed", str(case.seed), "--case", str(case.index))
+        chosen = ("--seed", str(case.seed), "--case", str(case.case))
         return shlex.join([*SCRIPT, *chosen, *self.arguments])
 
     @property
     def command(self) -> str:
         """The command that draws all these cases."""
-        return shlex.join([*SCRIPT, "--seed", str(self.seed), *self.choice, *self.arguments])
+        return shlex.join([*SCRIPT, "--seed", str(self.seeds[0]), *self.choice, *self.arguments])
 
 
 def print_tables(console: Console, results: Results) -> None:
+    alone = results.setting.oracle == FLOAT64
+    columns = ("ours",) if alone else ("ours", "Keras's")
+    both = "two columns are the worst errors, ours and tf.keras's"
+    last = "column is our worst error" if alone else both
     table = Table(
-        title="Cases by feature. The last two columns are the worst errors, ours and tf.keras's, "
+        title=f"Cases by feature. The last {last}, "
         "in ulps: units of float32's spacing at the size of what is added up, against float64.",
         title_justify="left",
     )
-    columns = ("feature", "", "cases", "agree", "on purpose", "mismatch", "ours", "Keras's")
-    for index, column in enumerate(columns):
+    for index, column in enumerate(("feature", "", "cases", *OUTCOMES.values(), *columns)):
         # A name that is cut short could not be given to --filter.
         table.add_column(column, justify="right" if index > 1 else "left", overflow="fold")
     for feature, rows in results.features().items():
@@ -112,58 +100,65 @@ def print_tables(console: Console, results: Results) -> None:
             table.add_row(
                 "" if index else feature, value, str(row.cases), str(row.outcomes[AGREES]),
                 str(row.outcomes[DELIBERATE] or ""), f"[red]{mismatches}[/]" if mismatches else "",
-                *(_number(_worst(row, who)) for who in WHO),
+                *(_number(_worst(row, who)) for who in results.who),
             )  # fmt: skip
     console.print(table)
+    if not alone:
+        _print_differences(console, results.tally.reasons)
 
+
+def _print_differences(console: Console, reasons: Counter[str]) -> None:
     table = Table(title="Differences on purpose", title_justify="left")
     for column in ("where", "tf.keras", "here", "cases"):
         table.add_column(column, justify="right" if column == "cases" else "left", overflow="fold")
     for difference in DIFFERENCES:
-        count = results.deliberate[difference.name]
+        count = reasons[difference.name]
         if count == 0:
             continue
         texts = (difference.where, difference.keras, difference.here)
         table.add_row(*map(escape, texts), str(count))
-    if "bad labels on a device" in results.deliberate:
-        count = str(results.deliberate["bad labels on a device"])
+    if "bad labels on a device" in reasons:
+        count = str(reasons["bad labels on a device"])
         table.add_row("label outside [0, C), on a device", "raises", "NaN in that row", count)
     console.print(table)
 
 
 def print_conclusion(console: Console, results: Results) -> None:
-    for verdict in results.mismatches[:20]:
-        reason = escape(verdict.reason)
+    for mismatch in results.tally.mismatches[:20]:
+        reason = escape(mismatch.reason)
         console.print(f"[red]Mismatch[/] of {reason}", highlight=False, soft_wrap=True)
-        console.print(f"  {results.reproduce(verdict.case)}", highlight=False, soft_wrap=True)
-    if len(results.mismatches) > 20:
-        console.print(f"... and {len(results.mismatches) - 20} more", highlight=False)
+        console.print(f"  {results.reproduce(mismatch)}", highlight=False, soft_wrap=True)
+    if results.mismatches > 20:
+        console.print(f"... and {results.mismatches - 20} more", highlight=False)
     for line in _error_lines(results):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_sentence(results), style="bold", highlight=False, soft_wrap=True)
 
 
 def _sentence(results: Results) -> str:
-    count, agree = len(results.verdicts), results.outcomes[AGREES]
-    raised = sum(v.outcome == AGREES and v.reason == "raises" for v in results.verdicts)
-    deliberate, mismatch = results.outcomes[DELIBERATE], results.outcomes[MISMATCH]
+    tally = results.tally
+    count, agree, raised = tally.cases, tally.outcomes[AGREES], tally.reasons["raises"]
+    alone = results.setting.oracle == FLOAT64
+    on_purpose = "" if alone else f"{tally.outcomes[DELIBERATE]} differ on purpose, "
     return (
-        f"{agree} of {count} cases agree with tf.keras ({agree - raised} in value and gradient, "
-        f"{raised} in raising an error), {deliberate} differ on purpose, "
-        f"{mismatch} mismatch{'es' * (mismatch != 1)} ({results.seconds:.0f} s)."
+        f"{agree} of {count} cases agree with {'the float64 rules' if alone else 'tf.keras'} "
+        f"({agree - raised} in value and gradient, {raised} in raising an error), {on_purpose}"
+        f"{results.mismatches} mismatch{'es' * (results.mismatches != 1)} "
+        f"({results.seconds:.0f} s)."
     )
 
 
 def _error_lines(results: Results) -> Iterator[str]:
     for part in PARTS:
-        ours, keras = (results.errors(who, part) for who in WHO)
-        if ours.size:
-            yield (
-                f"Error of the {part} in ulps against float64, {ours.size} float32 cases: "
-                f"ours median {np.median(ours):.2f}, mean {ours.mean():.2f}, largest "
-                f"{ours.max():.2f}; tf.keras median {np.median(keras):.2f}, mean "
-                f"{keras.mean():.2f}, largest {keras.max():.2f}."
+        errors = {who: results.tally.errors(who, part) for who in results.who}
+        if errors["ours"].size:
+            said = "; ".join(
+                f"{'ours' if who == 'ours' else 'tf.keras'} median {np.median(each):.2f}, "
+                f"mean {each.mean():.2f}, largest {each.max():.2f}"
+                for who, each in errors.items()
             )
+            count = errors["ours"].size
+            yield f"Error of the {part} in ulps against float64, {count} float32 cases: {said}."
 
 
 def _worst(row: Row, who: str) -> float | None:
@@ -175,7 +170,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def details(verdict: Verdict, keras: Answer, ours: Answer) -> str:
+def details(verdict: Verdict, keras: Answer | None, ours: Answer) -> str:
     """Everything about one case, for whoever has to find out why it differs."""
     case = verdict.case
     right, refused = reference(case)
@@ -191,6 +186,8 @@ def details(verdict: Verdict, keras: Answer, ours: Answer) -> str:
             f"mask, {_array(batch.mask)}",
         ]  # fmt: skip
     for who, answer in {"tf.keras": keras, "ours": ours}.items():
+        if answer is None:
+            continue
         if answer.error:
             lines.append(f"{who} raises {answer.error}: {answer.message}")
         else:
@@ -228,87 +225,88 @@ def _array(value: object, dtype: str | None = None) -> str:
     return f"{dtype or array.dtype} {array.shape}:\n{text}"
 
 
-def print_comparison(
-    console: Console,
-    name: str,
-    versions: dict[str, str],
-    cases: Sequence[Case],
-    target: Sequence[Answer],
-    other: Sequence[Answer],
-) -> None:
+def print_comparison(console: Console, name: str, versions: dict[str, str], tally: Tally) -> None:
     """Where another Keras differs from tf.keras: in what, and under which features."""
-    kinds: dict[str, list[tuple[Case, str]]] = {}
-    by_feature: dict[tuple[str, str], Counter[bool]] = {}
-    for case, a, b in zip(cases, target, other, strict=True):
-        right, _ = reference(case)
-        if right is None and not a.error and not b.error:
-            continue  # both accept what we refuse: there is no bound to compare them by
-        text = differs(a, b, right, case)
-        if text is not None:
-            if a.error or b.error:
-                kind = f"only {'tf.keras' if a.error else name} raises"
-            else:
-                kind = text.split()[0]
-            kinds.setdefault(kind, []).append((case, text))
-        for feature in case.features.items():
-            by_feature.setdefault(feature, Counter())[text is not None] += 1
-    total = sum(len(found) for found in kinds.values())
+    total = sum(kind.cases for kind in tally.kinds.values())
     listed = ", ".join(f"{package} {number}" for package, number in versions.items())
     console.print(
-        f"{name} ({listed}) differs from tf.keras in {total} of {len(cases)} cases.",
+        f"{name} ({listed}) differs from tf.keras in {total} of {tally.cases} cases.",
         style="bold", highlight=False,
     )  # fmt: skip
     table = Table("what differs", "cases", "for example (tf.keras first)", "in case")
-    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        case, text = found[0]
-        table.add_row(kind, str(len(found)), escape(text[:90]), str(case.index))
+    for what, kind in sorted(tally.kinds.items(), key=lambda item: -item[1].cases):
+        seed, index, text = kind.first
+        where = str(index) if len(tally.finished) == 1 else f"{index} of --seed {seed}"
+        table.add_row(what, str(kind.cases), escape(text[:90]), where)
     console.print(table)
     table = Table("feature", "", "cases", "differ", "share", title="Where it differs most")
     shares = {
-        key: count[True] / count.total() for key, count in by_feature.items() if count.total() > 9
+        key: count[True] / count.total() for key, count in tally.differ.items() if count.total() > 9
     }
     for (feature, value), share in sorted(shares.items(), key=lambda item: -item[1])[:20]:
-        count = by_feature[feature, value]
+        count = tally.differ[feature, value]
         table.add_row(feature, value, str(count.total()), str(count[True]), f"{share:.0%}")
     console.print(table)
 
 
 def to_json(results: Results) -> str:
-    """All of it, for programs."""
-    return json.dumps(
-        {
-            "seed": results.seed,
-            "oracle": results.oracle,
-            "versions": results.versions,
-            "device": results.device,
-            "cases": len(results.verdicts),
-            "outcomes": {key: results.outcomes[key] for key in (AGREES, DELIBERATE, MISMATCH)},
-            "deliberate": dict(results.deliberate),
-            "ulps": {
-                f"{who}, {part}": {
-                    "cases": int(errors.size),
-                    "median": float(np.median(errors)),
-                    "mean": float(errors.mean()),
-                    "largest": float(errors.max()),
-                }
-                for part in PARTS
-                for who in WHO
-                if (errors := results.errors(who, part)).size
-            },
-            "features": {
-                feature: {
-                    value: {"cases": row.cases, **row.outcomes, "worst ulps": row.worst}
-                    for value, row in rows.items()
-                }
-                for feature, rows in results.features().items()
-            },
-            "mismatches": [
-                {"reason": v.reason, "command": results.reproduce(v.case)}
-                for v in results.mismatches
-            ],
+    """All of it, for programs, and for a run that goes on: one line for each part."""
+    tally = results.tally
+    mismatches = [vars(m) | {"command": results.reproduce(m)} for m in tally.mismatches]
+    deliberate = {key: n for key, n in tally.reasons.items() if key != "raises"}
+    parts = vars(results.setting) | {
+        "seed": results.seeds[0],
+        "seconds": round(results.seconds, 1),
+        **tally.to_json(),
+        "deliberate": deliberate,
+        "ulps": {
+            f"{who}, {part}": {
+                "cases": int(errors.size),
+                "median": float(np.median(errors)),
+                "mean": float(errors.mean()),
+                "largest": float(errors.max()),
+            }
+            for part in PARTS
+            for who in results.who
+            if (errors := tally.errors(who, part)).size
         },
-        indent=1,
-    )
+        "mismatches": mismatches,
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in parts.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def save(results: Results, path: Path) -> None:
+    """Writes the file in one step: whoever reads it, or kills us, finds the old or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(to_json(results))
+    os.replace(part, path)
+
+
+def resume(results: Results, path: Path, cases: int) -> None:
+    """Adds what a run of the same setting has left in a file.
+
+    Raises:
+        ValueError: the file is none of ours, of another setting, or has cases beyond the first
+            `cases` of the seeds.
+    """
+    try:
+        stored = json.loads(path.read_text())
+        tally = Tally.from_json(stored)
+        setting, seconds = Setting(**{key: stored[key] for key in KEYS}), stored["seconds"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no results of the cross-check ({error!r})") from error
+    for key in KEYS:
+        there, here = getattr(setting, key), getattr(results.setting, key)
+        if there != here:
+            raise ValueError(f"{path} was made with {key} {there}, not {here}")
+    for seed, ranges in tally.finished.items():
+        if seed not in results.seeds or ranges[-1][1] > cases:
+            raise ValueError(
+                f"{path} has cases of seed {seed} up to {ranges[-1][1] - 1}, not asked for here"
+            )
+    results.tally.merge(tally)
+    results.seconds = seconds
 
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem;
@@ -330,53 +328,70 @@ small { color: #57606a; }
 """
 
 PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>torch_sce against tf.keras</title>
+<html lang="en"><meta charset="utf-8"><title>torch_sce against $other</title>
 <style>
 $style</style>
-<h1>torch_sce against tf.keras</h1>
+<h1>torch_sce against $other</h1>
 <p class="verdict $outcome">$sentence</p>
 <p><code>$command</code><br>
-torch_sce on $device; $oracle on the CPU; $versions</p>
+torch_sce on $device; $oracle; $versions</p>
 $mismatches
-<h2>Who is nearer to the truth</h2>
+<h2>$nearer</h2>
 <p>The largest error of each float32 case against the same rules in float64, in ulps: units of
-float32's spacing at the size of what is added up. Below the diagonal our answer is the nearer one.
+float32's spacing at the size of what is added up.$diagonal
 $errors</p>
 $plots
-<h2>Where we differ on purpose</h2>
-<table><tr><th>where<th>tf.keras<th>here<th class="n">cases</tr>$deliberate</table>
-<h2>Cases by feature</h2>
+$deliberate<h2>Cases by feature</h2>
 <p><span class="key agrees"></span>agree <span class="key deliberate"></span>differ on purpose
 <span class="key mismatch"></span>mismatch; <small>errors are the worst, in ulps</small></p>
 <table><tr><th>feature<th><th><th class="n">cases<th class="n">agree<th class="n">on purpose
-<th class="n">mismatch<th class="n">our ulps<th class="n">Keras's</tr>$features</table>
+<th class="n">mismatch<th class="n">our ulps$keras</tr>$features</table>
 </html>
 """)
 
 
+ORACLES = {
+    FLOAT64: "compared with the rules in float64 alone",
+    "recorded": "tf.keras's recorded answers on the CPU",
+}
+
+
 def to_html(results: Results) -> str:
     """One file that needs no other."""
+    alone = results.setting.oracle == FLOAT64
     return PAGE.substitute(
         sentence=html.escape(_sentence(results)),
         style=STYLE,
         outcome="bad" if results.mismatches else "good",
         command=html.escape(results.command),
-        oracle="the real tf.keras" if results.oracle == TARGET else "tf.keras's recorded answers",
-        device=html.escape(results.device),
-        versions=html.escape(", ".join(f"{k} {v}" for k, v in results.versions.items())),
+        other="the float64 rules" if alone else "tf.keras",
+        nearer="Errors" if alone else "Who is nearer to the truth",
+        diagonal="" if alone else " Below the diagonal our answer is the nearer one.",
+        keras="" if alone else '<th class="n">Keras\'s',
+        oracle=ORACLES.get(results.setting.oracle, "the real tf.keras on the CPU"),
+        device=html.escape(results.setting.device),
+        versions=html.escape(", ".join(f"{k} {v}" for k, v in results.setting.versions.items())),
         errors="<br>".join(map(html.escape, _error_lines(results))),
         plots=_plots(results),
         mismatches="".join(
-            f"<p><b>Mismatch</b> of {html.escape(v.reason)}<br>"
-            f"<code>{results.reproduce(v.case)}</code></p>"
-            for v in results.mismatches
+            f"<p><b>Mismatch</b> of {html.escape(m.reason)}<br>"
+            f"<code>{results.reproduce(m)}</code></p>"
+            for m in results.tally.mismatches
         ),
-        deliberate="".join(
-            f"<tr><td>{_code(d.where)}<td>{_code(d.keras)}<td>{_code(d.here)}"
-            f'<td class="n">{results.deliberate[d.name]}</tr>'
-            for d in DIFFERENCES
-        ),
+        deliberate="" if alone else _deliberate(results.tally),
         features="".join(_feature_rows(results)),
+    )
+
+
+def _deliberate(tally: Tally) -> str:
+    rows = "".join(
+        f"<tr><td>{_code(d.where)}<td>{_code(d.keras)}<td>{_code(d.here)}"
+        f'<td class="n">{tally.reasons[d.name]}</tr>'
+        for d in DIFFERENCES
+    )
+    return (
+        "<h2>Where we differ on purpose</h2>\n<table><tr><th>where<th>tf.keras<th>here"
+        f'<th class="n">cases</tr>{rows}</table>\n'
     )
 
 
@@ -389,7 +404,7 @@ def _feature_rows(results: Results) -> Iterator[str]:
                 if row.outcomes[key]
             )
             outcomes = [row.outcomes[key] or "" for key in (AGREES, DELIBERATE, MISMATCH)]
-            numbers = [row.cases, *outcomes, *(_number(_worst(row, who)) for who in WHO)]
+            numbers = [row.cases, *outcomes, *(_number(_worst(row, who)) for who in results.who)]
             yield (
                 f"<tr{'' if index else ' class=first'}><td>{'' if index else html.escape(feature)}"
                 f'<td>{html.escape(value)}<td><div class="bar">{bar}</div>'
@@ -406,40 +421,57 @@ def _code(text: str) -> str:
 
 def _plots(results: Results) -> str:
     """The errors as pictures; empty if no loss is in float32, which is what they are of."""
-    if not all(results.errors("ours", part).size for part in PARTS):
+    if not all(results.tally.errors("ours", part).size for part in PARTS):
         return ""
-    plt = pyplot()
-    ours_color, keras_color, exact = "#1f6fb2", "#d1622b", 0.02
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    alone = results.setting.oracle == FLOAT64
+    pictures = _curves(results) if alone else _scatter(results.tally) + _curves(results)
+    pyplot().close("all")
+    return pictures
+
+
+EXACT = 0.02  # ulps that stand for 0 on a logarithmic axis
+COLORS = {"ours": "#1f6fb2", "Keras": "#d1622b"}
+
+
+def _scatter(tally: Tally) -> str:
+    """Our error over tf.keras's."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for panel, part in zip(panels, PARTS, strict=True):
-        ours, keras = (np.maximum(results.errors(who, part), exact) for who in WHO)
+        keys = [f"{who}, {part}" for who in WHO]
+        found = [p.ulps for p in tally.points if all(key in p.ulps for key in keys)]
+        ours, keras = (np.maximum([ulps[key] for ulps in found], EXACT) for key in keys)
         limit = 2 * max(ours.max(initial=1), keras.max(initial=1))
-        panel.fill_between([exact / 2, limit], [exact / 2, limit], exact / 2, color="#eef5fb")
-        panel.plot([exact / 2, limit], [exact / 2, limit], color="#8c959f", lw=1)
-        panel.scatter(keras, ours, s=9, alpha=0.35, color=ours_color, edgecolors="none")
-        nearer, farther = int((ours < keras).sum()), int((ours > keras).sum())
+        panel.fill_between([EXACT / 2, limit], [EXACT / 2, limit], EXACT / 2, color="#eef5fb")
+        panel.plot([EXACT / 2, limit], [EXACT / 2, limit], color="#8c959f", lw=1)
+        panel.scatter(keras, ours, s=9, alpha=0.35, color=COLORS["ours"], edgecolors="none")
+        nearer, farther = (tally.nearer[key] for key in keys)
         panel.text(0.97, 0.05, f"ours nearer: {nearer}", transform=panel.transAxes, ha="right")
         panel.text(0.03, 0.93, f"tf.keras nearer: {farther}", transform=panel.transAxes)
+        total = tally.errors("ours", part).size
+        plotted = "" if len(found) == total else f", {len(found)} plotted"
         panel.set(
-            xscale="log", yscale="log", xlim=(exact / 2, limit), ylim=(exact / 2, limit),
+            xscale="log", yscale="log", xlim=(EXACT / 2, limit), ylim=(EXACT / 2, limit),
             xlabel="error of tf.keras [ulp]", ylabel="error of torch_sce [ulp]",
-            title=f"{part}: {len(ours)} cases ({exact} stands for exact)",
+            title=f"{part}: {total} cases{plotted} ({EXACT} stands for exact)",
         )  # fmt: skip
-    scatter = image(figure, "error of both against float64")
+    return image(figure, "error of both against float64")
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for who, color, aside in zip(WHO, (ours_color, keras_color), (0.96, 1.04), strict=True):
+
+def _curves(results: Results) -> str:
+    """How many cases are below an error; the gradient's by number of classes."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for who, aside in zip(results.who, (0.96, 1.04), strict=False):
         label = {"ours": "torch_sce", "Keras": "tf.keras"}[who]
         for part, style in zip(PARTS, ("--", "-"), strict=True):
-            errors = np.sort(results.errors(who, part))
-            share = np.arange(1, errors.size + 1) / max(errors.size, 1)
-            panels[0].step(np.maximum(errors, exact), share, style, color=color,
-                           label=f"{label}, {part}")  # fmt: skip
+            errors, counts = np.unique(results.tally.errors(who, part), return_counts=True)
+            share = counts.cumsum() / max(counts.sum(), 1)
+            panels[0].step(np.maximum(errors, EXACT), share, style, color=COLORS[who],
+                           where="post", label=f"{label}, {part}")  # fmt: skip
         key = f"{who}, gradient"
-        found = [v for v in results.verdicts if key in v.ulps]
-        classes = [aside * v.case.y_pred.shape[v.case.options["axis"]] for v in found]
-        heights = [max(v.ulps[key], exact) for v in found]
-        panels[1].scatter(classes, heights, s=9, alpha=0.4, color=color, label=label,
+        found = [point for point in results.tally.points if key in point.ulps]
+        classes = [aside * point.classes for point in found]
+        heights = [max(point.ulps[key], EXACT) for point in found]
+        panels[1].scatter(classes, heights, s=9, alpha=0.4, color=COLORS[who], label=label,
                           edgecolors="none")  # fmt: skip
     panels[0].set(
         xscale="log", title="All float32 cases", xlabel="error [ulp]",
@@ -451,9 +483,7 @@ def _plots(results: Results) -> str:
     )  # fmt: skip
     for panel in panels:
         panel.legend(frameon=False, fontsize=9)
-    curves = image(figure, "share of cases below an error; error by number of classes")
-    plt.close("all")
-    return scatter + curves
+    return image(figure, "share of cases below an error; error by number of classes")
 
 
 def check_file(parser: argparse.ArgumentParser, path: Path | None) -> None:

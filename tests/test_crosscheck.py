@@ -15,7 +15,7 @@ from conftest import make_case
 from paths import INTERPRETED, PATHS, SLOWEST, take_path
 
 import torch_sce
-from torch_sce.crosscheck import command, report
+from torch_sce.crosscheck import campaign, report
 from torch_sce.crosscheck.answers import LiveOracle, OracleError, RecordedOracle, ours
 from torch_sce.crosscheck.cases import LOSSES, to_bfloat16
 from torch_sce.crosscheck.command import (
@@ -298,7 +298,7 @@ class TestCommand:
     ):
         module = mutant("epsilon 1e-6", tmp_path)
         monkeypatch.setattr(
-            command, "ours", lambda case, device="cpu": ours(case, device, package=module)
+            campaign, "ours", lambda case, device="cpu": ours(case, device, package=module)
         )
         code, out = self.run(capsys, "--cases", "100", "--oracle", "recorded")
         assert code == DISAGREEMENT == 1
@@ -352,7 +352,7 @@ class TestCommand:
         silent = program.startswith("import time")
         monkeypatch.setattr(LiveOracle, "start_timeout", 1.0 if silent else 60.0)
         monkeypatch.setattr(LiveOracle, "batch_timeout", 1.0 if "sleep" in program else 60.0)
-        monkeypatch.setattr(command, "LiveOracle", lambda name: LiveOracle(name, worker))
+        monkeypatch.setattr(campaign, "LiveOracle", lambda name: LiveOracle(name, worker))
         code, out = self.run(capsys, "--cases", "300")  # more than the pipes hold
         assert code == NO_ORACLE == 3
         assert message in out

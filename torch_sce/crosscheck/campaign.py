@@ -104,8 +104,9 @@ def compare(plan: Plan, oracles: Oracles, block: Block) -> Iterator[Compared]:
     cases = (draw(block.seed, index) for index in range(block.start, block.stop))
     cases = (case for case in cases if is_kept(case, plan.filters))
     asked = [each for each in (oracles.target, oracles.other) if each is not None]
-    # An oracle reads ahead: it computes while we do.
-    cases, *copies = tee(cases, 1 + len(asked))
+    copies: list[Iterator[Case]] = []
+    if asked:  # it reads ahead, and computes while we do
+        cases, *copies = tee(cases, 1 + len(asked))
     answers = [each.answers(copy) for each, copy in zip(asked, copies, strict=True)]
     for case in cases:
         keras, other = [*(next(each) for each in answers), None, None][:2]
@@ -162,6 +163,7 @@ class Here:
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
+        self.stack.enter_context(one_thread())
         self.oracles = self.stack.enter_context(opened(self.plan))
         self.versions = self.oracles.versions
         return self
@@ -268,16 +270,26 @@ class Workers:
 
 def work(pipe: Connection, plan: Plan) -> None:
     """A process of `Workers`: gets blocks and gives tallies until the pipe closes."""
-    torch.set_num_threads(1)  # the other cores have processes of their own
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            with opened(plan) as oracles:
+            with one_thread(), opened(plan) as oracles:
                 pipe.send(oracles.versions)
                 while True:
                     block = pipe.recv()
                     pipe.send(tally_of(block, compare(plan, oracles, block), plan.oracle))
         except OracleError as error:
             pipe.send(error)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Cases are small: a second thread costs more than it does. And figures do not vary with it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -84,8 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where torch_sce computes: cpu, cuda, cuda:1, ...")
     add(
         "--workers", type=_from(1), default=1, metavar="N",
-        help="how many processes compare, each with one thread and an oracle of its own; 1: this "
-        "one, with PyTorch's threads (%(default)s)",
+        help="how many processes compare, each with an oracle of its own (%(default)s)",
     )  # fmt: skip
     add(
         "--json", type=Path, metavar="FILE",

@@ -124,12 +124,13 @@ def _print_differences(console: Console, reasons: Counter[str]) -> None:
 
 
 def print_conclusion(console: Console, results: Results) -> None:
-    for mismatch in results.tally.mismatches[:20]:
+    shown = results.tally.mismatches[:20]
+    for mismatch in shown:
         reason = escape(mismatch.reason)
         console.print(f"[red]Mismatch[/] of {reason}", highlight=False, soft_wrap=True)
         console.print(f"  {results.reproduce(mismatch)}", highlight=False, soft_wrap=True)
-    if results.mismatches > 20:
-        console.print(f"... and {results.mismatches - 20} more", highlight=False)
+    if results.mismatches > len(shown):
+        console.print(f"... and {results.mismatches - len(shown)} more", highlight=False)
     for line in _error_lines(results):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_sentence(results), style="bold", highlight=False, soft_wrap=True)

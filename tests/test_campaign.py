@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_sce.crosscheck import answers, campaign, command, report, tally
+from torch_sce.crosscheck import compare as compare_module
 from torch_sce.crosscheck.answers import Answer, LiveOracle
 from torch_sce.crosscheck.campaign import Block, Oracles, Plan, compare, opened, tally_of
 from torch_sce.crosscheck.command import AGREEMENT, DISAGREEMENT, INTERRUPTED, NO_ORACLE, USAGE
@@ -216,6 +217,19 @@ def test_without_an_oracle_a_wrong_answer_is_a_mismatch(run, monkeypatch, capsys
     assert command.main(first.split()[2:]) == DISAGREEMENT
     out = capsys.readouterr().out
     assert "\nours, value" in out and "\nin float64" in out and "eras" not in out
+
+
+def test_an_error_in_the_comparison_is_a_mismatch_and_the_run_goes_on(run, monkeypatch):
+    def judge(case, *_):
+        if case.index == 7:
+            raise IndexError("out of bounds")
+        return compare_module.judge(case, *_)
+
+    monkeypatch.setattr(campaign, "judge", judge)
+    code, _, found = run("found.json")
+    assert code == DISAGREEMENT and found["cases"] == 180
+    where = [(each["seed"], each["case"]) for each in found["mismatches"]]
+    assert where == [(3, 7), (4, 7)] and "IndexError" in found["mismatches"][0]["reason"]
 
 
 def test_what_is_kept_does_not_grow_with_the_cases(run, monkeypatch):

@@ -30,7 +30,7 @@ from .answers import (
     ours,
 )
 from .cases import Case
-from .compare import Verdict, differs, judge, reference
+from .compare import MISMATCH, Verdict, differs, judge, reference
 from .draw import draw
 from .tally import Ranges, Tally, gaps
 
@@ -111,7 +111,15 @@ def compare(plan: Plan, oracles: Oracles, block: Block) -> Iterator[Compared]:
     for case in cases:
         keras, other = [*(next(each) for each in answers), None, None][:2]
         mine = ours(case, plan.device)
-        yield Compared(judge(case, keras, mine, plan.device != "cpu"), keras, mine, other)
+        yield Compared(_verdict(case, keras, mine, plan.device != "cpu"), keras, mine, other)
+
+
+def _verdict(case: Case, keras: Answer | None, mine: Answer, poisons: bool) -> Verdict:
+    """An error in the comparison itself is a mismatch: it must not end a run of a million."""
+    try:
+        return judge(case, keras, mine, poisons)
+    except Exception as error:
+        return Verdict(case, MISMATCH, f"unknown: judging raises {type(error).__name__}: {error}")
 
 
 def names(case: Case) -> set[str]:
@@ -128,7 +136,7 @@ def tally_of(block: Block, compared: Iterable[Compared], name: str) -> Tally:
     found = Tally(finished={block.seed: [(block.start, block.stop)]})
     for each in compared:
         found.add(each.verdict)
-        if each.keras and each.other:
+        if each.keras and each.other and each.verdict.outcome != MISMATCH:
             _add_comparison(found, each.verdict.case, each.keras, each.other, name)
     return found
 

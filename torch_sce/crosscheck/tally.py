@@ -33,7 +33,7 @@ class Row:
 
     def merge(self, other: "Row") -> None:
         self.cases += other.cases
-        self.outcomes += other.outcomes
+        self.outcomes.update(other.outcomes)
         for key, ulps in other.worst.items():
             self.worst[key] = max(ulps, self.worst.get(key, 0.0))
 
@@ -134,7 +134,10 @@ class Tally:
             self.differ.setdefault(key, Counter()).update(counts)
 
     def _row(self, feature: str, value: str) -> Row:
-        return self.features.setdefault(feature, {}).setdefault(value, Row())
+        rows = self.features.setdefault(feature, {})
+        if value not in rows:
+            rows[value] = Row()
+        return rows[value]
 
     def errors(self, who: str, part: str) -> np.ndarray:
         """In ulps, of every case that has a float64 answer and agrees, in order of size."""

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import weakref
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_case
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_sce.crosscheck import answers, campaign, command, report, tally
@@ -249,6 +250,7 @@ def test_what_is_kept_does_not_grow_with_the_cases(run, monkeypatch):
     assert found["points"] == sorted(found["points"], key=lambda point: point[:2])
 
 
+@cache
 def part(start, stop):
     with opened(Plan("recorded")) as oracles:
         block = Block(0, start, stop)
@@ -259,17 +261,14 @@ def part(start, stop):
     return found
 
 
-@pytest.fixture(scope="module")
-def parts():
-    return [part(start, start + 15) for start in range(0, 120, 15)]
-
-
 def through_json(found):
     return Tally.from_json(json.loads(json.dumps(found.to_json())))
 
 
+@settings(deadline=None)  # the first example draws the parts
 @given(st.permutations(range(8)), st.integers(0, 8), st.integers(1, 50))
-def test_parts_are_added_up_in_any_order(parts, order, split, points):
+def test_parts_are_added_up_in_any_order(order, split, points):
+    parts = [part(start, start + 15) for start in range(0, 120, 15)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tally, "POINTS", points)
         whole, one, other = Tally(), Tally(), Tally()
@@ -335,7 +334,9 @@ def test_a_live_oracle_in_each_process_gives_what_is_recorded(run):
     code, out, alive = run("1.json", *arguments, "--oracle", "tf.keras", "--workers", "2")
     assert code == AGREEMENT and "agree with tf.keras" in out
     code, _, recorded = run("2.json", *arguments, "--oracle", "recorded")
-    assert code == AGREEMENT and alive | {"oracle": "recorded"} == recorded
+    assert code == AGREEMENT
+    for key in ("cases", "finished", "outcomes", "reasons"):  # errors vary with the CPU
+        assert alive[key] == recorded[key]
 
 
 def test_the_file_is_written_while_it_runs(run, monkeypatch):

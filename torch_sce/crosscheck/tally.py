@@ -163,7 +163,7 @@ class Tally:
             "points": [[p.seed, p.case, p.classes, p.ulps] for p in self.points],
             "mismatches": [vars(mismatch) for mismatch in self.mismatches],
             "kinds": {name: [kind.cases, *kind.first] for name, kind in self.kinds.items()},
-            "differ": [[*key, n[False], n[True]] for key, n in self.differ.items()],
+            "differ": sorted([*key, n[False], n[True]] for key, n in self.differ.items()),
         }
 
     @classmethod

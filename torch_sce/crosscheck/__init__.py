@@ -6,6 +6,8 @@
     reference     the float64 answer, and how far rounding may carry an answer from it
     differences   the rows in which we differ from tf.keras on purpose
     compare       judges a case: agrees, differs on purpose, or mismatch
+    tally         what came of many cases, added up
+    campaign      compares them, here or in several processes
     report        tables for the terminal, JSON, HTML
     command       the command line, `python scripts/cross_check.py`
 

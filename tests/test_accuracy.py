@@ -6,6 +6,7 @@ import torch
 
 from torch_sce import (
     categorical_accuracy,
+    metrics,
     sparse_categorical_accuracy,
     sparse_top_k_categorical_accuracy,
     top_k_categorical_accuracy,
@@ -46,6 +47,35 @@ def test_the_first_largest_number_is_the_prediction(row, largest, dtype):
     # And where values are not looked at, as on a device.
     compiled = torch.compile(sparse_categorical_accuracy, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.arange(3), y_pred), want)
+
+
+@pytest.mark.parametrize("row", [[-0.0, 0], [0, -0.0], [-0.0, -0.0], [-0.0, 0, -0.0, 0], [1, -0.0],
+    [-1, -0.0, 0], [-0.0, -0.0, 0, -1], [-1e-7, -0.0, -1], [NAN, -0.0, 0]])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_minus_zero_is_smaller_than_zero_as_in_keras(ask, row, dtype):
+    n, values = len(row), torch.tensor([row] * len(row), dtype=getattr(torch, dtype))
+    asked = values.float().numpy() if dtype == "bfloat16" else values.numpy()  # the same numbers
+    weights = np.arange(1, n + 1, dtype=np.float32)
+    for name, y in (("SparseCategoricalAccuracy", np.arange(n)),
+                    ("CategoricalAccuracy", np.eye(n, dtype=np.float32))):  # fmt: skip
+        function = sparse_categorical_accuracy if name[0] == "S" else categorical_accuracy
+        want = ask(y, asked, form="function", name=name).value
+        assert np.array_equal(function(y, values), want)
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        assert np.array_equal(compiled(torch.tensor(y), values), want)
+        metric = getattr(metrics, name)()
+        metric.update_state(y, values, weights)
+        result = ask(y, asked, weights, form="metric", name=name).value
+        assert metric.result().item() == pytest.approx(float(result[-1]), rel=1e-6)
+    if dtype == "float32":
+        hits = sparse_top_k_categorical_accuracy(np.arange(n), values, k=1)
+        top = ask(np.arange(n), asked, form="function", name="SparseTopKCategoricalAccuracy", k=1)
+        assert np.array_equal(hits, top.value)
+
+
+def test_a_k_beyond_every_dtype_takes_all_classes():
+    assert sparse_top_k_categorical_accuracy([0, 5], torch.eye(3)[:2], k=2**70).tolist() == [1, 0]
+    assert top_k_categorical_accuracy(torch.eye(3), torch.eye(3), k=2**63).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

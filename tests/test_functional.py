@@ -1,12 +1,19 @@
 """The unreduced function: labels, shapes, the class axis, ignored classes, and its errors."""
 
+import re
+
 import numpy as np
 import oracle
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 from ulps import ulps
 
-from torch_sce import sparse_categorical_crossentropy
+from torch_sce import (
+    CategoricalCrossentropy,
+    SparseCategoricalCrossentropy,
+    sparse_categorical_crossentropy,
+)
 from torch_sce.functional import class_numbers
 
 LABEL_DTYPES = (
@@ -53,6 +60,24 @@ def test_unsigned_labels_past_int64_are_not_taken_for_minus_one():
     y = torch.from_numpy(np.array([2**64 - 1, 0], np.uint64))
     with pytest.raises(ValueError, match="got 18446744073709551615 at position"):
         sparse_categorical_crossentropy(y, predictions((2, 3)), True, ignore_class=-1)
+
+
+@pytest.mark.parametrize("ignored", [2**63, 2.0**63, np.uint64(2**63)])
+def test_an_ignore_class_past_int64_is_compared_exactly(ignored):
+    z, y = predictions((2, 3)), torch.from_numpy(np.array([2**63, 1], np.uint64))
+    want = sparse_categorical_crossentropy([0, 1], z, True)
+    got = sparse_categorical_crossentropy(y, z, True, ignore_class=ignored)
+    assert got[0] == 0 and got[1] == want[1]
+    for other in (2**63 + 1, 2**62, -(2**63)):
+        with pytest.raises(ValueError, match="got 9223372036854775808 at position"):
+            sparse_categorical_crossentropy(y, z, True, ignore_class=other)
+
+
+def test_both_of_numpy_s_names_for_64_bits_are_taken():
+    z = predictions((2, 3))
+    want = sparse_categorical_crossentropy([2, 1], z, True)
+    for dtype in (np.longlong, np.ulonglong, np.int64, np.uint64):
+        assert torch.equal(sparse_categorical_crossentropy(np.array([2, 1], dtype), z, True), want)
 
 
 # y_true's shape, y_pred's shape, axis, the losses' shape
@@ -152,6 +177,133 @@ def test_odd_arrays_are_taken_as_they_are():
         assert torch.equal(sparse_categorical_crossentropy(y, odd, True), want)
 
 
+ARGUMENTS = ("y_true", "y_pred", "sample_weight", "mask")
+LOSSES = {
+    "class numbers": SparseCategoricalCrossentropy(True, ignore_class=3, reduction="sum"),
+    "one-hot": CategoricalCrossentropy(True, label_smoothing=0.1, reduction="sum"),
+    "probabilities": SparseCategoricalCrossentropy(reduction="sum"),
+    "one-hot, probabilities": CategoricalCrossentropy(reduction="sum"),
+}
+
+
+def batch_for(name: str, rows: int) -> dict[str, np.ndarray]:
+    """Arrays for a loss, of few rows, and of more than any path for small tensors takes."""
+    y, z = labels((rows,), 4).numpy(), predictions((rows, 4)).numpy()
+    return {
+        "y_true": np.eye(4, dtype=np.float32)[y] if "one-hot" in name else y,
+        "y_pred": np.exp(z) / np.exp(z).sum(-1, keepdims=True) if "prob" in name else z,
+        "sample_weight": np.linspace(1, 2, rows, dtype=np.float32),
+        "mask": np.linspace(0.5, 1, rows, dtype=np.float32) * (np.arange(rows) % 3 > 0),
+    }
+
+
+@pytest.mark.parametrize("rows", [6, 2**17])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_an_array_written_into_before_the_backward_pass_changes_nothing(argument, name, rows):
+    """As in Keras. The leaf is another argument: a gradient through what was saved of this one."""
+    gradients = []
+    for writes in (False, True):
+        batch = batch_for(name, rows)
+        of = "sample_weight" if argument == "y_pred" else "y_pred"
+        leaf = torch.tensor(batch[of], requires_grad=True)
+        loss = LOSSES[name](**(batch | {of: leaf}))
+        if writes:
+            batch[argument][...] = batch[argument][::-1] * 0.5
+        loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("rows", [6, 2**17])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_tensor_written_into_before_the_backward_pass_raises_or_does_not_matter(
+    argument, name, rows
+):
+    gradients = []
+    for writes in (False, True):
+        batch = {key: torch.from_numpy(value) for key, value in batch_for(name, rows).items()}
+        of = "sample_weight" if argument == "y_pred" else "y_pred"
+        leaf = batch[of].requires_grad_()
+        loss = LOSSES[name](**batch)
+        if writes:
+            batch[argument].copy_(batch[argument].flip(0) * 0.5)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            assert writes and "modified by an inplace operation" in str(error)
+            return
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+LENGTHS = (3, 1, 2)
+ROWS = [predictions((n, 4), seed=n) for n in LENGTHS]
+NUMBERS = [labels((n,), 4, seed=n) for n in LENGTHS]
+PACKED = [pack_padded_sequence(torch.nn.utils.rnn.pad_sequence(each, batch_first=True),
+          torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)
+          for each in (NUMBERS, ROWS)]  # fmt: skip
+HIDDEN = np.array([0, 1, 0, 0, 1, 0], bool)
+Z6, Y6 = predictions((6, 4)), labels((6,), 4)
+
+
+def advised(name: str, value) -> list[dict]:
+    """What the error that an argument raises says to pass, one dict for each way."""
+    with pytest.raises(TypeError, match=f"^{name} must be ") as raised:
+        SparseCategoricalCrossentropy(True)(**({"y_true": Y6, "y_pred": Z6} | {name: value}))
+    text = re.search(r"\bpass (.*)$", str(raised.value))
+    assert text is not None
+    given = {name: value, "torch": torch, "np": np, "axis": -1}
+    if masked := re.match("(.*), and mask=(.*) to a loss or metric$", text[1]):
+        return [{name: eval(masked[1], given), "mask": eval(masked[2], given)}]
+    ways = text[1].removesuffix(" and ignore_class=-1").split(", or ")
+    return [{name: eval(way, given)} for way in ways]
+
+
+@pytest.mark.filterwarnings("ignore:.*MaskedTensors is in prototype stage:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["lists", "packed", "jagged", "strided", "masked labels",
+    "masked predictions", "masked weights", "masked mask", "tensor labels", "tensor predictions",
+    "tensor weights", "tensor mask"])  # fmt: skip
+def test_the_advice_of_an_error_gives_the_loss_of_what_counts(kind):
+    def nested(tensors):
+        layout = torch.jagged if kind == "jagged" else torch.strided
+        return torch.nested.as_nested_tensor(tensors, layout=layout)
+
+    def masked(data, hidden):
+        if kind.startswith("masked"):
+            return np.ma.masked_array(data, hidden)
+        return torch.masked.MaskedTensor(torch.tensor(data), ~torch.tensor(hidden))
+
+    odd = {
+        "lists": {"y_true": NUMBERS, "y_pred": ROWS},
+        "packed": {"y_true": PACKED[0], "y_pred": PACKED[1]},
+        "jagged": {"y_true": nested(NUMBERS), "y_pred": nested(ROWS)},
+        "strided": {"y_true": nested(NUMBERS), "y_pred": nested(ROWS)},
+        "labels": {"y_true": masked(Y6.numpy(), HIDDEN)},
+        "predictions": {"y_pred": masked(Z6.numpy(), HIDDEN[:, None] & (np.arange(4) == 1))},
+        "weights": {"sample_weight": masked(np.ones(6, np.float32), HIDDEN)},
+        "mask": {"mask": masked(np.ones(6, np.float32), HIDDEN)},
+    }[kind.removeprefix("masked ").removeprefix("tensor ")]
+    y, z = (Y6[~HIDDEN], Z6[~HIDDEN]) if " " in kind else (torch.cat(NUMBERS), torch.cat(ROWS))
+    want = torch.nn.functional.cross_entropy(z.double(), y).item()
+    ways = list(zip(*(advised(*argument) for argument in odd.items()), strict=True))
+    assert len(ways) == (2 if kind == "lists" else 1)
+    for parts in ways:
+        call = {"y_true": Y6, "y_pred": Z6}
+        for part in parts:
+            call |= part
+        value = SparseCategoricalCrossentropy(True, ignore_class=-1)(**call)
+        assert value.item() == pytest.approx(want, rel=1e-6)
+
+
+def test_a_masked_array_without_a_mask_counts_in_full():
+    (call,) = advised("y_true", np.ma.masked_array(Y6.numpy()))
+    loss = SparseCategoricalCrossentropy(True)
+    assert loss(y_pred=Z6, **call) == loss(Y6, Z6)
+
+
 @pytest.mark.parametrize(
     ("dtype", "result"),
     [(torch.float16, torch.float32), (torch.bfloat16, torch.float32),
@@ -206,9 +358,13 @@ ERRORS = [
      r"y_pred must be float16, .* got torch\.int64"),
     (([0], Z(1, 3).to_sparse()), {}, TypeError, "dense tensor of numbers, got torch.sparse"),
     (([0], torch.nested.nested_tensor([Z(3)], layout=torch.jagged)), {}, TypeError,
-     "tensor of numbers, got nested"),
+     "tensor of numbers, got a nested one"),
     (([0, 1], [Z(3), Z(3)]), {}, TypeError, r"got a list of tensors: pass torch.stack\(y_pred\)"),
-    ((np.ma.masked_array([0], [True]), Z(1, 3)), {}, TypeError, "got a masked one: pass its mask"),
+    (([0, 1], [Z(3), Z(2)]), {}, TypeError, r"got a list of tensors of shapes \(3,\) and \(2,\)$"),
+    (([0], [[Z(()), Z(())]]), {}, TypeError, "by torch.stack for lists of tensors, the innermost"),
+    (([torch.tensor(0), 1], Z(2, 3)), {}, TypeError, "and torch.tensor for numbers$"),
+    (([0], [np.ma.masked_array([1, 2], [0, 1])]), {}, TypeError, "masked array of it by np.ma.sta"),
+    (([0, np.ma.masked], Z(2, 3)), {}, TypeError, "y_true must be a plain array, got a list with"),
     (([0], np.zeros((1, 3), np.longdouble)), {}, TypeError, "a dtype that PyTorch has, got float"),
     (([{"a": 1}], Z(1, 3)), {}, TypeError, r"y_true must hold numbers, got \[{'a': 1}\]"),
     (([0, 1, 2], Z(3)), {}, ValueError, r"must be \(B, C\): its class axis seems to be missing"),

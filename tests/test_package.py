@@ -38,8 +38,8 @@ except ModuleNotFoundError as missing:
     print(missing)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    missing = "torch_sce.metrics needs torchmetrics: pip install '.[metrics]'"
-    assert done.stdout.strip() == ("Accuracy()" if there else missing), done.stderr
+    missing = "torch_sce.metrics needs torchmetrics: pip install torchmetrics, or in a clone"
+    assert done.stdout.startswith("Accuracy()" if there else missing), done.stderr
     with pytest.raises(AttributeError, match="module 'torch_sce' has no attribute 'nothing'"):
         _ = torch_sce.nothing
 

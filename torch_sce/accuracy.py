@@ -1,9 +1,9 @@
 """The accuracies as functions: for every sample 1.0 if its prediction is right, otherwise 0.0.
 
 Integer labels go with the `sparse_` functions, one-hot labels with the others. Predictions may be
-logits or probabilities: only their order counts. Ties go to the lowest class number, a NaN is
-never the largest, and what is no class is never right. Labels are compared as they are: 257 is
-not 256, although it would be in bfloat16.
+logits or probabilities: only their order counts. Ties go to the lowest class number, but -0.0 is
+smaller than 0.0 unless the top k are wanted; a NaN is never the largest, and what is no class is
+never right. Labels are compared as they are: 257 is not 256, although it would be in bfloat16.
 """
 
 import torch
@@ -185,15 +185,21 @@ def _batch(y_pred: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Where on the last axis the largest value is: the first of several, never a NaN."""
+    """Where on the last axis the largest value is: the first of several, never a NaN.
+
+    As in Keras 3 on TensorFlow, -0.0 is smaller than 0.0.
+    """
     values = whole_rows(values)
     if not values.is_floating_point():
         return class_numbers(values).argmax(-1)
     index = values.argmax(-1)
     largest = values.gather(-1, index.unsqueeze(-1))
-    if values_can_be_read(values) and not largest.isnan().any():  # a NaN would be the largest
-        return index
-    return torch.where(values.isnan(), -torch.inf, values).argmax(-1)
+    if values_can_be_read(values) and not (largest.isnan() | (largest == 0)).any():
+        return index  # argmax itself takes a NaN for the largest, and zeros for equal
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    values = torch.where(values.isnan(), -torch.inf, values)
+    is_minus_zero = values.reciprocal() == -torch.inf  # Inductor fails on signbit before argmax
+    return torch.where(is_minus_zero, -torch.finfo(values.dtype).tiny, values).argmax(-1)
 
 
 def _in_top_k(y: Tensor, y_pred: Tensor, k: int) -> Tensor:
@@ -205,6 +211,7 @@ def _in_top_k(y: Tensor, y_pred: Tensor, k: int) -> Tensor:
     score = y_pred.gather(-1, y.clamp(0, classes - 1).unsqueeze(-1))
     larger = (y_pred > score).sum(-1)
     low, high = y_pred.aminmax(dim=-1)
+    k = min(k, classes)  # a k beyond int64 compares with nothing
     return (y >= 0) & (y < classes) & (larger < k) & low.isfinite() & high.isfinite()
 
 

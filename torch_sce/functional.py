@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn.utils.rnn import PackedSequence
 
 from .kernels import IGNORED, are_plain, row_losses, target_losses
 from .options import FLOATS, check_axis, check_flag, check_ignore_class, check_smoothing
@@ -145,6 +147,7 @@ def floats(y_pred: ArrayLike) -> Tensor:
 def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
     """`value` as a dense, real tensor; what is not a tensor goes to `like`'s device."""
     if isinstance(value, Tensor):
+        require_dense(name, value)
         if like is not None and value.device != like.device and value.ndim > 0:
             raise ValueError(
                 f"{name} must be on y_pred's device, {like.device}, got {value.device}: "
@@ -165,11 +168,6 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
         _check_placement(name, tensor, like)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-        kind = (
-            "nested" if tensor.is_nested else tensor.dtype if tensor.is_quantized else tensor.layout
-        )
-        raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}")
     return tensor
 
 
@@ -189,20 +187,37 @@ def _check_placement(name: str, tensor: Tensor, like: Tensor) -> None:
     )
 
 
+def require_dense(name: str, tensor: Tensor) -> None:
+    """Raises for a tensor that is more than its numbers, and names what makes a plain one of it."""
+    if isinstance(tensor, MaskedTensor):
+        counted = f"{name}.get_mask()" + ".all(axis)" * (name == "y_pred")
+        plain = _unmasked(name, f"{name}.get_data()", counted, f"{name}.to_tensor(0)")
+        raise TypeError(f"{name} must be a plain tensor, got a MaskedTensor: {plain}")
+    if tensor.is_nested:
+        kind, plain = "a nested one", f"torch.cat({name}.unbind())"
+    elif tensor.is_quantized:
+        kind, plain = tensor.dtype, f"{name}.dequantize()"
+    elif tensor.layout != torch.strided:
+        kind, plain = tensor.layout, f"{name}.to_dense()"
+    else:
+        return
+    raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}: pass {plain}")
+
+
+def _unmasked(name: str, values: str, counted: str, filled: str) -> str:
+    if name == "mask":
+        return f"pass {filled}"
+    return f"pass {values}, and mask={counted} to a loss or metric"
+
+
 def float64_on(device: torch.device) -> torch.dtype:
     """float64, or float32 where there is no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-    """`value` as an array that PyTorch can share: numbers, native byte order, writable."""
-    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-        raise TypeError(
-            f"{name} must be one tensor, got a {type(value).__name__} of tensors: "
-            f"pass torch.stack({name}), which keeps their gradients"
-        )
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a plain array, got a masked one: pass its mask as mask=")
+    """`value` as an array of its own: numbers, in a dtype that PyTorch has."""
+    require_no_loss(name, value)
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged, or what only looks like one
@@ -216,7 +231,53 @@ def to_array(name: str, value: Any) -> np.ndarray:
         raise TypeError(f"{name} must hold numbers, got {shown}")
     if array.dtype.name in ("longdouble", "float96", "float128"):
         raise TypeError(f"{name} must have a dtype that PyTorch has, got {array.dtype}")
-    return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+    # A copy, as in Keras: the caller may write into an array before the backward pass. NumPy has
+    # two dtypes for each integer of 64 bits; PyTorch knows the one that its string names.
+    return array.astype(array.dtype.newbyteorder("=").str, order="C")
+
+
+def require_no_loss(name: str, value: Any) -> None:
+    """Raises for what NumPy would take without its gradients or its mask."""
+    kinds, kind = _kinds_in(value), type(value).__name__
+    if isinstance(value, np.ma.MaskedArray):
+        counted = f"~{name}.mask" + ".any(axis)" * (name == "y_pred")
+        plain = _unmasked(name, f"{name}.data", counted, f"{name}.filled(0)")
+        raise TypeError(f"{name} must be a plain array, got a masked one: {plain}")
+    if any(issubclass(each, np.ma.MaskedArray) for each in kinds):
+        raise TypeError(
+            f"{name} must be a plain array, got a {kind} with masked ones: make one masked array "
+            "of it by np.ma.stack, the innermost lists first, and pass that one's data and mask"
+        )
+    if any(issubclass(each, Tensor) for each in kinds):
+        raise TypeError(f"{name} must be one tensor, got a {kind} of tensors{_joined(name, value)}")
+
+
+def _kinds_in(value: Any) -> set[type]:
+    """The types of what is in a list, however deep."""
+    if not isinstance(value, list | tuple):
+        return {type(value)}
+    kinds = set(map(type, value))
+    nested = any(issubclass(each, list | tuple) for each in kinds)
+    return kinds.union(*map(_kinds_in, value)) if nested else kinds
+
+
+def _joined(name: str, value: Any) -> str:
+    """What stands behind "a list of tensors": how to make one tensor of it."""
+    if isinstance(value, PackedSequence):
+        return f": pass {name}.data"
+    if not all(isinstance(item, Tensor) for item in value):
+        return (
+            ": make one of it by torch.stack for lists of tensors, the innermost first, and "
+            "torch.tensor for numbers"
+        )
+    shapes = {tuple(item.shape) for item in value}
+    if len(shapes) == 1:
+        return f": pass torch.stack({name}), which keeps their gradients"
+    if len({shape[1:] for shape in shapes}) > 1 or min(map(len, shapes)) <= (name == "y_pred"):
+        return " of shapes " + " and ".join(map(str, sorted(shapes, reverse=True)))
+    label = ", padding_value=-1) and ignore_class=-1" if name == "y_true" else ")"
+    padded = f"torch.nn.utils.rnn.pad_sequence({name}, batch_first=True{label}"
+    return f" of different lengths: pass torch.cat({name}), or {padded}"
 
 
 def class_axis(axis: int, y_pred: Tensor) -> int:
@@ -334,10 +395,14 @@ def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
         return None
     if labels.is_floating_point():
         return labels.to(float64_on(labels.device)) != float(ignore_class)
+    low, high = (0, 2**64) if labels.dtype == torch.uint64 else (-(2**63), 2**63)
     # The range comes first: NaN and infinities are outside of it, and have no integer.
-    if not (-(2**63) <= ignore_class < 2**63 and ignore_class == int(ignore_class)):
+    if not (low <= ignore_class < high and ignore_class == int(ignore_class)):
         return torch.ones_like(labels, dtype=torch.bool)
-    return class_numbers(labels) != int(ignore_class)
+    ignore_class = int(ignore_class)
+    if ignore_class >= 2**63:
+        ignore_class -= 2**64  # as int64 has the bits of such a label
+    return labels.long() != ignore_class
 
 
 def class_numbers(labels: Tensor) -> Tensor:

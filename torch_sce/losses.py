@@ -173,8 +173,8 @@ class SparseCategoricalCrossentropy(_Loss):
                 integer dtype, bool, or floats, which are truncated toward zero.
             y_pred: predictions, (..., C); any real dtype.
             sample_weight: a scalar, or a shape that broadcasts to the losses' shape.
-            mask: as `sample_weight`. Where it is zero a sample does not count, and what the label
-                and the predictions are there does not matter.
+            mask: as `sample_weight`. Where it is zero a sample does not count, and its label, its
+                predictions and its weight do not matter.
 
         What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
 
@@ -293,8 +293,8 @@ class CategoricalCrossentropy(_Loss):
                 get a gradient if they require one.
             y_pred: predictions, (..., C); any real dtype.
             sample_weight: a scalar, or a shape that broadcasts to the losses' shape.
-            mask: as `sample_weight`. Where it is zero a sample does not count, and what the
-                targets and the predictions are there does not matter.
+            mask: as `sample_weight`. Where it is zero a sample does not count, and its targets, its
+                predictions and its weight do not matter.
 
         What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
         Shapes do not tell targets from predictions: mind the order.

@@ -1,6 +1,6 @@
 """The metrics that stand beside the losses in Keras's `compile`, on torchmetrics' `Metric`.
 
-Needs torchmetrics: `pip install '.[metrics]'`, or `pip install torchmetrics`.
+Needs torchmetrics: `pip install torchmetrics`, or in a clone `pip install '.[metrics]'`.
 
 Each metric has the calls of both libraries, and each call the order of arguments of its own:
 
@@ -34,7 +34,10 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "torchmetrics":
         raise
-    message = "torch_sce.metrics needs torchmetrics: pip install '.[metrics]'"
+    message = (
+        "torch_sce.metrics needs torchmetrics: pip install torchmetrics, or in a clone of "
+        "torch_sce pip install '.[metrics]'"
+    )
     raise ModuleNotFoundError(message, name=missing.name) from missing
 
 from . import accuracy, functional
@@ -195,8 +198,8 @@ class _Mean(Metric):
             y_true, y_pred: as the function of the same name takes them.
             sample_weight: a weight for each sample, (B,), or for each of its elements, (B, T); a
                 scalar makes the batch count as one sample of that weight.
-            mask: where it is zero nothing counts, as with a weight of zero, and what stands there
-                does not matter.
+            mask: where it is zero nothing counts, as with a weight of zero, and predictions,
+                labels and weights there do not matter.
 
         Raises:
             ValueError: shapes that do not fit.

@@ -52,7 +52,7 @@ def reduce(
         return total if count is None else total / count
     if reduction == "mean_with_sample_weight":
         return _ratio(total, count)
-    # Where nothing counts, a NaN weight still shows, as it does in Keras.
+    # Where a mask adds up to 0 and yet something counts, a NaN still shows, as it does in Keras.
     return torch.where(count == 0, total * 0, _ratio(total, count))
 
 
@@ -83,14 +83,14 @@ def sample_means(
 
     Weights and masks belong to the leading axes of the values: (B,) has one for each sample, (B,
     T) for each of its elements, and a scalar weight one for the batch, whose mean then counts as
-    one sample. A mask is a weight, under which a zero hides even a NaN.
+    one sample. A mask is a weight, under which a zero hides even a NaN, of a value or a weight.
 
     The source is `keras.src.metrics.reduction_metrics.reduce_to_samplewise_values`.
 
     Args:
         values: (B, ...), or a single value ().
-        sample_weight, masks: of shapes that broadcast to the values' leading axes; a last axis
-            of size 1 may be one too many.
+        sample_weight, masks: of shapes that broadcast to the values' leading axes; axes of size 1
+            may follow.
 
     Returns:
         Total and count; sums in float64, in which counts stay exact up to 2^53.
@@ -115,7 +115,8 @@ def sample_means(
     rank = max(factor.ndim for factor in factors)
     factor = values.new_ones(())
     for each in factors:
-        factor = factor * _with_rank(each, rank).to(values.dtype)
+        each = _with_rank(each, rank)
+        factor = torch.where(each == 0, 0, factor * each.to(values.dtype))
     if values.ndim > rank:
         values = values.mean(tuple(range(rank, values.ndim)))
     factor = factor.expand(values.shape)
@@ -134,7 +135,7 @@ def over_leading_axes(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 def _leading(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     """`value` so that its axes are the first of these."""
     given = tuple(value.shape)
-    if value.ndim == len(shape) + 1 and given[-1] == 1:
+    while value.ndim > len(shape) and value.shape[-1] == 1:
         value = value.squeeze(-1)
     pairs = zip(value.shape, shape, strict=False)
     if value.ndim > len(shape) or not all(have in (1, want) for have, want in pairs):
@@ -195,15 +196,21 @@ def combine_masks(mask: Tensor | None, counted: Tensor | None) -> Tensor | None:
     """One mask from the caller's (aligned) and from the labels that are not ignored."""
     if mask is None or counted is None:
         return counted if mask is None else mask
-    return mask & counted if mask.dtype == torch.bool else mask.float() * counted
+    return mask & counted if mask.dtype == torch.bool else torch.where(counted, mask.float(), 0)
 
 
 def _factor(losses: Tensor, weight: Any, mask: Tensor | None, reduction: Any) -> Tensor | None:
-    """What each loss is multiplied by. A plain mean counts a mask's entries as 0 or 1."""
+    """What each loss is multiplied by. A plain mean counts a mask's entries as 0 or 1.
+
+    Where the mask is 0 even an infinite weight or a NaN does not matter.
+    """
     if mask is None:
         return None if weight is None else weight.to(losses.dtype)
     factor = (mask.bool() if reduction in MEANS else mask).to(losses.dtype)
-    return factor if weight is None else factor * weight.to(losses.dtype)
+    if weight is None:
+        return factor
+    weight = weight.to(losses.dtype)
+    return factor * torch.where(factor == 0, weight.nan_to_num(0.0, 0.0, 0.0), weight)
 
 
 def _is_scalar(losses: Tensor, weight: Tensor | None, mask: Tensor | None) -> bool:

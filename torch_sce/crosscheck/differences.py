@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .answers import Answer
-from .cases import Case, to_bfloat16
+from .cases import Batch, Case, to_bfloat16
 from .reference import UNIT
 
 HALVES = ("float16", "bfloat16")
@@ -53,6 +53,11 @@ def _only_the_shape_differs(case: Case, keras: Answer, ours: Answer, refused: st
     return np.allclose(theirs.ravel(), mine.ravel(), rtol=2e-2, atol=1e-5, equal_nan=True)
 
 
+def _one_position(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    shapes = [None if each.value is None else each.value.shape for each in (keras, ours)]
+    return _only_the_shape_differs(case, keras, ours, refused) and shapes == [(), (1,)]
+
+
 def _labels_are_rounded(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
     return (case.is_sparse or case.name == "Accuracy") and any(
         _rounds(batch.y_true, case.loss_dtype if case.is_loss else batch.y_pred_dtype)
@@ -77,11 +82,20 @@ def _function_of_halves(case: Case, keras: Answer, ours: Answer, refused: str) -
 
 
 def _something_is_masked(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    masks = [batch.mask for batch in case.steps if batch is not None and batch.mask is not None]
-    if all(np.all(mask) for mask in masks):
+    if not any(_hides(case, batch) for batch in case.steps if batch is not None):
         return False
     parts = (keras.value, keras.gradient, keras.target_gradient)
     return bool(keras.error) or any(part is not None and np.isnan(part).any() for part in parts)
+
+
+def _hides(case: Case, batch: Batch) -> bool:
+    """Whether a mask has zeros, or labels are ignored whose weights may be NaN."""
+    if batch.mask is not None and not np.all(batch.mask):
+        return True
+    ignored, weight = case.options.get("ignore_class"), batch.sample_weight
+    if ignored is None or weight is None or np.isfinite(np.asarray(weight, np.float64)).all():
+        return False
+    return bool((batch.y_true == ignored).any())
 
 
 def _mask_meets_others(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
@@ -135,6 +149,11 @@ def _smooths_along_another_axis(case: Case, keras: Answer, ours: Answer, refused
 def _shapes_only_broadcast(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
     longer = any(b is not None and b.y_true.ndim > b.y_pred.ndim for b in case.steps)
     return not case.is_loss and (refused == "shape of y_true" or (case.is_sparse and longer))
+
+
+def _axes_of_1_follow(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+    given = [(b.sample_weight, b.mask) for b in case.steps if b is not None]
+    return not case.is_loss and any(np.shape(x)[-2:] == (1, 1) for pair in given for x in pair)
 
 
 def _top_k_of_other_dtypes(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
@@ -208,6 +227,14 @@ DIFFERENCES = (
         _weight_meets_the_wrong_axis,
     ),
     Difference(
+        "one position",
+        'a scalar `sample_weight` or mask, losses `(1,)`, reduction "none"',
+        "the result is `()`",
+        "the result keeps the losses' shape `(1,)`",
+        False,
+        _one_position,
+    ),
+    Difference(
         "result's shape",
         '`sample_weight` or mask `(B, 1)` on losses `(B,)`, reduction "none"',
         "the result is `(B, 1)`",
@@ -217,9 +244,9 @@ DIFFERENCES = (
     ),
     Difference(
         "masked values",
-        "what stands under a zero mask",
+        "predictions, labels and weights where a mask is 0; a weight whose label is ignored",
         "NaN * 0 = NaN; a label outside `[0, C)` raises",
-        "contributes exactly 0, gradient exactly 0, as ignored classes do; labels may be anything",
+        "not read: they contribute exactly 0, gradient exactly 0; labels may be anything",
         None,
         _something_is_masked,
     ),
@@ -275,7 +302,7 @@ DIFFERENCES = (
     Difference(
         "smoothing along the axis",
         "`label_smoothing` with a class axis other than the last",
-        "divides by the size of the last axis",
+        "divides by the size of the last axis (3.15; 3.16 by the number of classes)",
         "divides by the number of classes",
         False,
         _smooths_along_another_axis,
@@ -303,6 +330,15 @@ DIFFERENCES = (
         "`ValueError`, but for one or two axes of size 1 at the end",
         None,
         _shapes_only_broadcast,
+    ),
+    Difference(
+        "axes of size 1 behind a weight",
+        "`sample_weight` or mask of a metric with two axes of size 1 too many, `(B, 1, 1)` on "
+        "values `(B,)`",
+        "raises, but takes a mask and a weight of which only one has them",
+        "they are dropped, as one is",
+        True,
+        _axes_of_1_follow,
     ),
     Difference(
         "top-k of other dtypes",

@@ -378,7 +378,8 @@ def _factor(weight, mask, reduction):
     if mask is not None and reduction in ("mean", "auto", "sum_over_batch_size"):
         mask = (mask != 0).astype(float)
     given = [part for part in (weight, mask) if part is not None]
-    return np.prod(np.broadcast_arrays(*given), axis=0) if given else 1.0
+    factor = np.prod(np.broadcast_arrays(*given), axis=0) if given else 1.0
+    return factor if mask is None else np.where(mask != 0, factor, 0)  # even of a NaN
 
 
 def _divisor(loss, weight, mask, factor, reduction) -> float:

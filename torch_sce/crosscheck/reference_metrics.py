@@ -65,9 +65,9 @@ def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, 
         n = float(len(values)) if values.ndim else 1.0
         return float(each[0].sum()), n, float(np.abs(each[0]).sum()), float(each[1].sum()), n
     rank = max(each.ndim for each in given)
-    factor = np.prod(
-        np.broadcast_arrays(*(e.reshape(e.shape + (1,) * (rank - e.ndim)) for e in given)), axis=0
-    )
+    given = [each.reshape(each.shape + (1,) * (rank - each.ndim)) for each in given]
+    factors = np.array(np.broadcast_arrays(*given))
+    factor = np.where((factors != 0).all(0), np.prod(factors, axis=0), 0)  # even of a NaN
     over = tuple(range(rank, values.ndim))
     values, scale = (_mean(x, over) for x in (values, scale))
     factor = np.broadcast_to(factor, values.shape)
@@ -90,7 +90,7 @@ def _leading(value, shape: tuple[int, ...]) -> np.ndarray | None:
     if value is None:
         return None
     value = np.asarray(value, dtype=np.float64)
-    if value.ndim == len(shape) + 1 and value.shape[-1] == 1:
+    while value.ndim > len(shape) and value.shape[-1] == 1:
         value = value[..., 0]
     pairs = zip(value.shape, shape, strict=False)
     if value.ndim > len(shape) or any(have not in (1, want) for have, want in pairs):
@@ -172,9 +172,9 @@ def _accuracies(case: Case, batch: Batch) -> np.ndarray:
 
 
 def _first_largest(row: np.ndarray) -> int:
-    """The lowest index of the largest number; a NaN is none."""
-    best, index = -np.inf, 0
+    """The lowest index of the largest number; a NaN is none, and -0.0 is smaller than 0.0."""
+    best, index = (-np.inf, False), 0
     for j, value in enumerate(row):
-        if value > best:
-            best, index = value, j
+        if (value, not np.signbit(value)) > best:
+            best, index = (value, not np.signbit(value)), j
     return index

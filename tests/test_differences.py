@@ -27,7 +27,7 @@ Z = np.array([[8, 1, 1], [0, 9, 1], [2, 3, 5]], np.float32)
 Loss = SparseCategoricalCrossentropy
 
 KERAS = """
-import json, os, sys
+import json, os, sys, warnings
 import numpy as np, tensorflow as tf
 losses = tf.keras.losses
 loss = losses.SparseCategoricalCrossentropy
@@ -56,6 +56,21 @@ if os.environ["TF_USE_LEGACY_KERAS"] == "0":
     found = rounds(np.array([257]), tf.cast(np.eye(300)[[256]], "bfloat16"))
     facts["bfloat16 label 257 is class 256"] = float(found[0])
     facts["of logits"] = float(loss(from_logits=True)(np.array([2]), z))
+    metric = tf.keras.metrics.SparseCategoricalCrossentropy(dtype="int32")
+    metric.update_state(np.zeros(3, int), np.array([[0.2, 0.8], [0.2, 0.8], [0.4, 0.6]], "f"))
+    facts["losses 1.61, 1.61 and 0.92 in int32"] = float(metric.result())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses.CategoricalCrossentropy()(np.ones((3, 1), "f"), np.ones((3, 1), "f"))
+    facts["of one class"] = [each.category.__name__ for each in caught]
+    mask = tf.constant([0.0, 1.0])
+    for reduction in ("sum", "mean_with_sample_weight"):
+        with tf.GradientTape() as tape:
+            tape.watch(mask)
+            q = tf.constant([[0.5, 0.5], [0.2, 0.8]])
+            q._keras_mask = mask
+            value = loss(reduction=reduction)(np.array([0, 0]), q, sample_weight=[2.0, 3.0])
+        facts["mask, " + reduction] = tape.gradient(value, mask).numpy().tolist()
 else:
     made = loss(from_logits=True, ignore_class=-1)
 facts["config"] = made.get_config()
@@ -163,6 +178,15 @@ def test_a_weight_with_a_trailing_1_keeps_the_losses_shape(ask, argument):
 
 
 @pytest.mark.parametrize("argument", ["sample_weight", "mask"])
+@pytest.mark.parametrize("reduction", ["none", None])
+def test_a_scalar_weight_of_one_position_keeps_the_losses_shape(ask, argument, reduction):
+    answer = ask(Y[:1], P[:1], reduction=reduction, **{argument: np.float32(2)})
+    losses = Loss(reduction=reduction)(Y[:1], P[:1], **{argument: 2.0})
+    assert answer.value.shape == () and losses.shape == (1,)
+    np.testing.assert_allclose(losses[0], answer.value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("argument", ["sample_weight", "mask"])
 def test_a_weight_per_sample_does_not_meet_the_time_axis(ask, argument):
     rng = np.random.default_rng(0)
     square, y = rng.dirichlet([1, 1, 1], (4, 4)).astype(np.float32), rng.integers(0, 3, (4, 4))
@@ -190,6 +214,57 @@ def test_what_is_masked_does_not_matter(ask):
     y[1] = -100
     assert ask(y, P, mask=mask).error == "InvalidArgumentError"
     assert value(y, P, None, mask) == value(Y[mask], P[mask])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_with_sample_weight"])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_a_weight_under_a_zero_mask_does_not_matter(ask, odd, reduction):
+    weight, mask = np.array([2, odd, 3], np.float32), np.array([1, 0, 0.5], np.float32)
+    ignored = np.array([0, -1, 1])
+    for y, given, options in ((Y, mask, {}), (ignored, None, {"ignore_class": -1})):
+        options = options | {"reduction": reduction, "from_logits": True}
+        assert np.isnan(ask(y, Z, weight, given, **options).value).any()
+        found = []
+        for w in (weight, np.array([2, 1, 3], np.float32)):
+            leaves = [torch.tensor(x, requires_grad=True) for x in (Z, w, mask)]
+            shown = None if given is None else leaves[2]
+            Loss(**options)(y, leaves[0], leaves[1], shown).sum().backward()
+            found.append([leaf.grad for leaf in leaves[: 2 + (given is not None)]])
+            found[-1].append(Loss(**options)(y, Z, w, given))
+        assert all(part.isfinite().all() for part in found[0])
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][-1], found[1][-1])
+        assert (found[0][0][1] == 0).all() and found[0][1][1] == 0
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["SparseCategoricalCrossentropy", "SparseCategoricalAccuracy"])
+def test_a_weight_of_a_metric_under_a_zero_mask_does_not_matter(ask, name, odd):
+    weight, mask = np.array([2, odd, 3], np.float32), np.array([True, False, True])
+    assert np.isnan(ask(Y, P, weight, mask, form="metric", name=name).value)
+    found = []
+    for w in (weight, np.array([2, 1, 3], np.float32)):
+        metric = getattr(metrics, name)()
+        metric.update_state(Y, P, w, mask)
+        found.append(metric.result().item())
+    assert found[0] == found[1] and np.isfinite(found[0])
+    if "Cross" in name:
+        y = np.array([0, -1, 1])
+        assert np.isnan(ask(y, P, weight, form="metric", name=name, ignore_class=-1).value)
+        metric = metrics.SparseCategoricalCrossentropy(ignore_class=-1)
+        metric.update_state(y, P, weight)
+        assert metric.result().isfinite()
+
+
+def test_the_gradient_with_respect_to_a_mask_has_no_loss_that_is_not_computed(facts):
+    y, q, w = [0, 0], torch.tensor([[0.5, 0.5], [0.2, 0.8]]), torch.tensor([2.0, 3.0])
+    each = Loss(reduction="none")(y, q)
+    for reduction, missing in (("sum", 2 * each[0]), ("mean_with_sample_weight", 2 / 3 * each[0])):
+        mask = torch.tensor([0.0, 1.0], requires_grad=True)
+        Loss(reduction=reduction)(y, q, w, mask).backward()
+        theirs = facts["keras 3"][f"mask, {reduction}"]
+        assert mask.grad is not None
+        want = mask.grad + torch.stack([missing, torch.zeros(())])
+        np.testing.assert_allclose(theirs, want, rtol=1e-6, atol=1e-6)
 
 
 def test_a_mask_is_matched_to_the_losses_alone(ask):
@@ -318,6 +393,21 @@ def test_labels_of_an_accuracy_do_not_broadcast(ask):
             function(y, p)
 
 
+@pytest.mark.parametrize("argument", ["sample_weight", "mask"])
+def test_axes_of_size_1_behind_a_weight_of_a_metric_are_dropped(ask, argument):
+    y, p, name = Y[:, None], P[:, None], "SparseCategoricalAccuracy"  # (3, 1) and (3, 1, 3)
+    given = np.array([1, 0, 1], np.float32)
+    long = {argument: given[:, None, None]}
+    assert ask(y, p, form="metric", name=name, **long).error == "InvalidArgumentError"
+    other = {"sample_weight": "mask", "mask": "sample_weight"}[argument]
+    both = ask(y, p, form="metric", name=name, **long, **{other: np.ones((3, 1), np.float32)})
+    want = ask(y, p, form="metric", name=name, **{argument: given}).value.item()
+    assert both.value.item() == want
+    metric = metrics.SparseCategoricalAccuracy()
+    metric.update_state(y, p, **long)
+    assert metric.result().item() == want
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])
 def test_top_k_takes_predictions_of_any_dtype(ask, dtype):
     p = (P * 20).astype(dtype)
@@ -346,6 +436,18 @@ def test_counts_go_on_past_2_to_the_24(facts):
     metric.update_state([0], [[1.0, 0.0]], sample_weight=[2.0**24])
     metric.update_state([0], [[1.0, 0.0]])
     assert metric.count == 2**24 + 1
+
+
+def test_an_integer_dtype_of_a_metric_is_refused(facts):
+    assert facts["keras 3"]["losses 1.61, 1.61 and 0.92 in int32"] == pytest.approx(2 / 3)
+    with pytest.raises(TypeError, match="dtype must be None or one of"):
+        metrics.SparseCategoricalCrossentropy(dtype="int32")
+
+
+def test_one_class_is_no_reason_to_warn(facts):
+    """Any warning would be an error here."""
+    assert facts["keras 3"]["of one class"] == ["SyntaxWarning"]
+    CategoricalCrossentropy()(np.ones((3, 1)), np.ones((3, 1)))
 
 
 def test_complex_labels_are_refused(ask):

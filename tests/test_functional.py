@@ -179,22 +179,28 @@ def test_odd_arrays_are_taken_as_they_are():
 
 ARGUMENTS = ("y_true", "y_pred", "sample_weight", "mask")
 LOSSES = {
-    "class numbers": SparseCategoricalCrossentropy(True, ignore_class=3, reduction="sum"),
+    "class numbers": SparseCategoricalCrossentropy(True, reduction="sum"),
     "one-hot": CategoricalCrossentropy(True, label_smoothing=0.1, reduction="sum"),
     "probabilities": SparseCategoricalCrossentropy(reduction="sum"),
     "one-hot, probabilities": CategoricalCrossentropy(reduction="sum"),
 }
+OTHER = {name: "y_true" if "one-hot" in name else "sample_weight" for name in LOSSES}
 
 
-def batch_for(name: str, rows: int) -> dict[str, np.ndarray]:
-    """Arrays for a loss, of few rows, and of more than any path for small tensors takes."""
+def batch_for(name: str, rows: int, argument: str) -> dict[str, np.ndarray]:
+    """Arrays for a loss, of few rows, and of more than any path for small tensors takes.
+
+    A mask only where it is meant: labels and weights are copied where there is one.
+    """
     y, z = labels((rows,), 4).numpy(), predictions((rows, 4)).numpy()
-    return {
+    batch = {
         "y_true": np.eye(4, dtype=np.float32)[y] if "one-hot" in name else y,
         "y_pred": np.exp(z) / np.exp(z).sum(-1, keepdims=True) if "prob" in name else z,
         "sample_weight": np.linspace(1, 2, rows, dtype=np.float32),
-        "mask": np.linspace(0.5, 1, rows, dtype=np.float32) * (np.arange(rows) % 3 > 0),
     }
+    if argument == "mask":
+        batch["mask"] = np.linspace(0.5, 1, rows, dtype=np.float32) * (np.arange(rows) % 3 > 0)
+    return batch
 
 
 @pytest.mark.parametrize("rows", [6, 2**17])
@@ -204,8 +210,8 @@ def test_an_array_written_into_before_the_backward_pass_changes_nothing(argument
     """As in Keras. The leaf is another argument: a gradient through what was saved of this one."""
     gradients = []
     for writes in (False, True):
-        batch = batch_for(name, rows)
-        of = "sample_weight" if argument == "y_pred" else "y_pred"
+        batch = batch_for(name, rows, argument)
+        of = "y_pred" if argument != "y_pred" else OTHER[name]
         leaf = torch.tensor(batch[of], requires_grad=True)
         loss = LOSSES[name](**(batch | {of: leaf}))
         if writes:
@@ -223,8 +229,10 @@ def test_a_tensor_written_into_before_the_backward_pass_raises_or_does_not_matte
 ):
     gradients = []
     for writes in (False, True):
-        batch = {key: torch.from_numpy(value) for key, value in batch_for(name, rows).items()}
-        of = "sample_weight" if argument == "y_pred" else "y_pred"
+        batch = {
+            key: torch.from_numpy(value) for key, value in batch_for(name, rows, argument).items()
+        }
+        of = "y_pred" if argument != "y_pred" else OTHER[name]
         leaf = batch[of].requires_grad_()
         loss = LOSSES[name](**batch)
         if writes:
@@ -273,7 +281,7 @@ def test_the_advice_of_an_error_gives_the_loss_of_what_counts(kind):
 
     def masked(data, hidden):
         if kind.startswith("masked"):
-            return np.ma.masked_array(data, hidden)
+            return np.ma.MaskedArray(data, hidden)
         return torch.masked.MaskedTensor(torch.tensor(data), ~torch.tensor(hidden))
 
     odd = {
@@ -363,7 +371,7 @@ ERRORS = [
     (([0, 1], [Z(3), Z(2)]), {}, TypeError, r"got a list of tensors of shapes \(3,\) and \(2,\)$"),
     (([0], [[Z(()), Z(())]]), {}, TypeError, "by torch.stack for lists of tensors, the innermost"),
     (([torch.tensor(0), 1], Z(2, 3)), {}, TypeError, "and torch.tensor for numbers$"),
-    (([0], [np.ma.masked_array([1, 2], [0, 1])]), {}, TypeError, "masked array of it by np.ma.sta"),
+    (([0], [np.ma.MaskedArray([1, 2], [False, True])]), {}, TypeError, "array of it by np.ma.st"),
     (([0, np.ma.masked], Z(2, 3)), {}, TypeError, "y_true must be a plain array, got a list with"),
     (([0], np.zeros((1, 3), np.longdouble)), {}, TypeError, "a dtype that PyTorch has, got float"),
     (([{"a": 1}], Z(1, 3)), {}, TypeError, r"y_true must hold numbers, got \[{'a': 1}\]"),

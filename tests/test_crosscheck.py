@@ -135,7 +135,7 @@ MUTATIONS = {
         ("accuracy.py", "    index = values.argmax(-1)\n",
          "    index = values.shape[-1] - 1 - values.flip(-1).argmax(-1)\n")],
     "a NaN is the largest": [
-        ("accuracy.py", " and not largest.isnan().any():", ":")],
+        ("accuracy.py", "(largest.isnan() | (largest == 0))", "(largest == 0)")],
     "strict top-k": [
         ("accuracy.py", "larger = (y_pred > score).sum(-1)",
          "larger = (y_pred >= score).sum(-1) - 1")],

@@ -221,8 +221,8 @@ def test_what_is_masked_does_not_matter(ask):
 def test_a_weight_under_a_zero_mask_does_not_matter(ask, odd, reduction):
     weight, mask = np.array([2, odd, 3], np.float32), np.array([1, 0, 0.5], np.float32)
     ignored = np.array([0, -1, 1])
-    for y, given, options in ((Y, mask, {}), (ignored, None, {"ignore_class": -1})):
-        options = options | {"reduction": reduction, "from_logits": True}
+    for y, given, ignore in ((Y, mask, None), (ignored, None, -1)):
+        options: dict = {"reduction": reduction, "from_logits": True, "ignore_class": ignore}
         assert np.isnan(ask(y, Z, weight, given, **options).value).any()
         found = []
         for w in (weight, np.array([2, 1, 3], np.float32)):

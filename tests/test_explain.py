@@ -400,10 +400,6 @@ MORE = {
         CategoricalCrossentropy(from_logits=True), ONE_HOT,
         LOGITS.masked_fill(ONE_HOT.roll(1, 1).bool(), -torch.inf), {},
         "a value that is not finite"),
-    "a NaN weight where nothing counts": (
-        logits_loss(), LABELS, LOGITS,
-        {"sample_weight": WITH_NAN[:, 4], "mask": ~WITH_NAN[:, 4].isnan()},
-        "a value that is not finite"),
     "weights of 0, not divided by": (
         logits_loss(reduction="sum"), LABELS, LOGITS, {"sample_weight": torch.zeros(64)},
         "weights that are all 0"),

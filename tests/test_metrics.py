@@ -286,7 +286,7 @@ class TestMeans:
         metric.update_state(y, p, sample_weight=[1, 1, 1])
         assert metric.result().item() == pytest.approx(losses.sum() / 2, rel=1e-5)
 
-    @pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 2, 3), (2, 3, 1, 1)])
+    @pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 2, 3), (2, 3, 1, 2)])
     def test_a_weight_of_another_shape_is_refused(self, shape):
         rule = re.escape(f"(2, 3) from the first axis, as (2,) does, got {shape}")
         with pytest.raises(ValueError, match="sample_weight must broadcast to .* " + rule):

@@ -152,8 +152,9 @@ def _shapes_only_broadcast(case: Case, keras: Answer, ours: Answer, refused: str
 
 
 def _axes_of_1_follow(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    given = [(b.sample_weight, b.mask) for b in case.steps if b is not None]
-    return not case.is_loss and any(np.shape(x)[-2:] == (1, 1) for pair in given for x in pair)
+    given = [x for b in case.steps if b is not None for x in (b.sample_weight, b.mask)]
+    long = any(x is not None and np.shape(x)[-2:] == (1, 1) for x in given)
+    return not case.is_loss and long
 
 
 def _top_k_of_other_dtypes(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:

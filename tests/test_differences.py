@@ -267,6 +267,25 @@ def test_the_gradient_with_respect_to_a_mask_has_no_loss_that_is_not_computed(fa
         np.testing.assert_allclose(theirs, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("copies", [1, 2**16])
+def test_an_infinite_weight_gives_an_infinite_loss_and_no_gradient_to_use(ask, from_logits, copies):
+    p = Z if from_logits else P
+    weight = np.array([np.inf, 1, 2], np.float32)
+    answer = ask(Y, p, weight, from_logits=from_logits, reduction="sum")
+    assert answer.value == np.inf and answer.gradient[0].tolist() == [-np.inf, np.inf, np.inf]
+    y_pred = torch.tensor(np.tile(p, (copies, 1)), requires_grad=True)
+    value = Loss(from_logits=from_logits, reduction="sum")(
+        np.tile(Y, copies), y_pred, np.tile(weight, copies)
+    )
+    value.backward()
+    assert value == np.inf and y_pred.grad is not None
+    infinite = torch.tensor(np.tile(np.isinf(weight), copies))
+    assert not y_pred.grad[infinite].isfinite().any()
+    np.testing.assert_allclose(y_pred.grad[1:3], answer.gradient[1:3], rtol=1e-5)
+    assert y_pred.grad[~infinite].isfinite().all()
+
+
 def test_a_mask_is_matched_to_the_losses_alone(ask):
     z = np.stack([Z, Z[::-1]])
     y = np.array([[0, 2, -1], [1, 0, 2]])

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,10 @@ import torch
 from .cases import Batch, Case
 
 TARGET = "tf.keras"
+STORED = ("float32", "float64", "int32")
 LIVE = (TARGET, "tf_keras", "keras-torch", "keras-jax")
 FLOAT64 = "float64"  # asks nobody: the rules of `reference` alone
+WHOLE = 1000  # entries of a gradient that are recorded; of a larger one some are
 RECORDED = Path(__file__).with_name("recorded.npz")
 WORKER = Path(__file__).with_name("worker.py")
 INSTALL = {
@@ -44,7 +46,8 @@ class Answer:
     """A value and its gradients with respect to y_pred and to targets, or an error.
 
     The value of a metric are its results after each update. Half-precision results are carried
-    in float32; the dtype's name says what they were.
+    in float32; the dtype's name says what they were. Of a large gradient that was recorded there
+    are some entries only, and their places in the flattened gradient.
     """
 
     value: np.ndarray | None = None
@@ -55,6 +58,13 @@ class Answer:
     target_gradient_dtype: str | None = None
     error: str | None = None
     message: str = ""
+    gradient_places: np.ndarray | None = None
+    target_gradient_places: np.ndarray | None = None
+
+    def have(self, part: str, array: np.ndarray) -> np.ndarray:
+        """The entries of an array of that gradient's shape for which this answer has the part's."""
+        places = getattr(self, f"{part}_places", None)
+        return array if places is None or array.shape == places.shape else array.ravel()[places]
 
 
 class LiveOracle:
@@ -193,10 +203,14 @@ class RecordedOracle:
 
     def __init__(self, path: Path = RECORDED) -> None:
         if not path.exists():
-            raise OracleError(f"there are no recorded answers at {path}")
+            raise OracleError(
+                f"there are no recorded answers at {path}: they are in the repository and not in "
+                "the wheel. Run this in a clone, or record them where tf.keras is installed: "
+                "python -m torch_sce.crosscheck.command --record"
+            )
         with np.load(path, allow_pickle=False) as stored:
             about = json.loads(bytes(stored["about"]))
-            self.flat = {"float32": stored["float32"], "float64": stored["float64"]}
+            self.flat = {dtype: stored[dtype] for dtype in STORED}
         self.seed, self.versions, self.entries = about["seed"], about["versions"], about["entries"]
 
     def __enter__(self) -> Self:
@@ -221,7 +235,7 @@ class RecordedOracle:
             if fingerprint != case.fingerprint:
                 raise OracleError(
                     f"case {case.index} of --seed {case.seed} is not the one that was recorded: "
-                    "NumPy draws other numbers, or the cases have changed; record again"
+                    "how cases are drawn has changed; record again"
                 )
             found: dict[str, Any] = {key: self._array(*where) for key, where in arrays.items()}
             yield Answer(**fields, **found)
@@ -234,14 +248,14 @@ def record(
     path: Path, cases: Sequence[Case], answers: Sequence[Answer], versions: dict[str, str]
 ) -> None:
     """Writes answers to cases 0, 1, ... of one seed where `RecordedOracle` finds them."""
-    flat: dict[str, list[np.ndarray]] = {"float32": [], "float64": []}
-    used = {"float32": 0, "float64": 0}
+    flat: dict[str, list[np.ndarray]] = {dtype: [] for dtype in STORED}
+    used = dict.fromkeys(STORED, 0)
     entries = []
     for case, answer in zip(cases, answers, strict=True):
         fields, arrays = {}, {}
-        for key, value in vars(answer).items():
+        for key, value in vars(thinned(case, answer)).items():
             if isinstance(value, np.ndarray):
-                dtype = "float64" if value.dtype == np.float64 else "float32"
+                dtype = value.dtype.name if value.dtype.name in STORED else "float32"
                 flat[dtype].append(value.astype(dtype).ravel())
                 arrays[key] = [dtype, used[dtype], list(value.shape)]
                 used[dtype] += value.size
@@ -249,12 +263,32 @@ def record(
                 fields[key] = value
         entries.append([case.fingerprint, fields, arrays])
     about = {"seed": cases[0].seed, "versions": versions, "entries": entries}
-    np.savez_compressed(
-        path,
-        about=np.frombuffer(json.dumps(about, separators=(",", ":")).encode(), np.uint8),
-        float32=np.concatenate([*flat["float32"], np.empty(0, np.float32)]),
-        float64=np.concatenate([*flat["float64"], np.empty(0, np.float64)]),
-    )
+    arrays: dict[str, Any] = {
+        dtype: np.concatenate([*flat[dtype], np.empty(0, dtype)]) for dtype in STORED
+    }
+    text = json.dumps(about, separators=(",", ":")).encode()
+    np.savez_compressed(path, about=np.frombuffer(text, np.uint8), **arrays)
+
+
+def thinned(case: Case, answer: Answer) -> Answer:
+    """The answer as it is recorded: of a gradient of more than `WHOLE` entries every k-th, and the
+    largest of every k-th row, which is mostly at its label.
+    """
+    parts = {}
+    for part in ("gradient", "target_gradient"):
+        gradient = getattr(answer, part)
+        if gradient is None or gradient.size <= WHOLE:
+            continue
+        places = np.arange(gradient.size).reshape(gradient.shape)
+        axis = case.options["axis"]
+        largest = np.abs(gradient).argmax(axis, keepdims=True)
+        labels = np.take_along_axis(places, largest, axis).ravel()
+        # Odd, so that not the same few classes of every row are taken.
+        every = places.ravel()[:: -(-gradient.size * 2 // WHOLE) | 1]
+        labels = labels[:: -(-labels.size * 4 // WHOLE)]
+        chosen = np.union1d(every, labels).astype(np.int32)
+        parts |= {part: gradient.ravel()[chosen], f"{part}_places": chosen}
+    return replace(answer, **parts)
 
 
 def ours(case: Case, device: str = "cpu", package: ModuleType | None = None) -> Answer:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .bits import Bits
+
 LOSSES = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 
 
@@ -112,29 +114,35 @@ class Case:
         return digest.hexdigest()[:16]
 
 
-def pick(rng: np.random.Generator, odds: Mapping[Any, float]) -> Any:
-    """A key of `odds`, with these odds."""
-    weights = np.array(list(odds.values()), dtype=float)
-    return list(odds)[rng.choice(len(odds), p=weights / weights.sum())]
-
-
 def pick_weights(
-    rng: np.random.Generator, shape: tuple[int, ...], odds: Mapping[str, float]
+    bits: Bits, shape: tuple[int, ...], odds: Mapping[str, float], larger: bool = True
 ) -> tuple[str, np.ndarray]:
-    """A kind of weights with these odds, and such weights."""
-    kind = pick(rng, odds)
-    weight = rng.integers(1, 13, shape) / 4
+    """A kind of weights with these odds, and such weights.
+
+    `larger`: huge ones may be up to 2**99, not 2**79, which derivatives of probabilities bear.
+    """
+    kind = bits.pick(odds)
+    weight = bits.integers(1, 13, shape) / 4
     if kind == "arbitrary":
-        weight = rng.uniform(0.1, 3, shape)
+        weight = bits.integers(2**21, 3 * 2**24, shape) * 2.0**-24
     elif kind == "with zeros":
-        weight = weight * (rng.random(shape) < 0.6)
+        weight = weight * bits.flags(0.6, shape)
     elif kind == "signed":
-        weight = weight * rng.choice([-1, 1], shape)
+        weight = weight * bits.choices([-1, 1], shape)
     elif kind == "all zero":
         weight = weight * 0
     elif kind == "nan":
-        weight = np.where(rng.random(shape) < 0.3, np.nan, weight)
+        weight = np.where(bits.flags(0.3, shape), np.nan, weight)
+    elif kind == "tiny or huge":
+        powers = [2.0**-116, 2.0**-100, 2.0**-60, 2.0**60, 2.0**79, 2.0 ** (99 if larger else 79)]
+        each = bits.chance(0.5)
+        weight = weight * (bits.choices(powers, shape) if each else bits.choice(powers))
     return kind, np.asarray(weight)
+
+
+def one_hot(label: np.ndarray, classes: int) -> np.ndarray:
+    """1 at the label, 0 elsewhere: (..., C) for labels (...)."""
+    return (np.arange(classes) == label[..., None]).astype(np.float64)
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:

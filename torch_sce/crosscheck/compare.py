@@ -7,7 +7,7 @@ import numpy as np
 from .answers import Answer
 from .cases import Case
 from .differences import DIFFERENCES
-from .reference import LEAST, UNIT, Expected, Refused, expected, overflowed
+from .reference import LARGEST, LEAST, UNIT, Expected, Refused, expected, overflowed
 from .reference_metrics import expected_metric
 
 AGREES, DELIBERATE, MISMATCH = "agrees", "deliberate", "mismatch"
@@ -99,7 +99,7 @@ def _values_differ(
     if a.value.shape != b.value.shape:
         return f"shape {a.value.shape} and {b.value.shape}"
     bound = sides * (unit * right.value_scale + UNIT[right.dtype] * np.abs(right.value))
-    if not _close(a.value, b.value, bound + LEAST[case.loss_dtype]):
+    if not _close(a.value, b.value, bound + LEAST[case.loss_dtype], right.dtype):
         return f"value {_worst(a.value, b.value)}"
     for part in GRADIENTS:
         found, other, size = (getattr(each, part) for each in (a, b, right))
@@ -111,16 +111,21 @@ def _values_differ(
         dtype = getattr(right, f"{part}_dtype")
         last = (UNIT[case.loss_dtype] + UNIT[dtype]) * np.abs(size)
         bound = sides * (unit * getattr(right, f"{part}_scale") + last)
-        if not _close(found, other, bound + LEAST[dtype] + LEAST[case.loss_dtype]):
+        found, other, bound = (b.have(part, a.have(part, x)) for x in (found, other, bound))
+        bound = bound + LEAST[dtype] + LEAST[case.loss_dtype]
+        if not _close(found, other, bound, dtype):
             return f"{part.replace('_', ' ')} {_worst(found, other)}"
     return None
 
 
-def _close(a: np.ndarray, b: np.ndarray, bound: np.ndarray) -> bool:
+def _close(a: np.ndarray, b: np.ndarray, bound: np.ndarray, dtype: str) -> bool:
     same = (a == b) | (np.isnan(a) & np.isnan(b))
+    largest = LARGEST.get(dtype, np.inf)  # an infinity may be a number near it that has overflowed
     with np.errstate(all="ignore"):
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
-        return bool((same | (np.isfinite(gap) & (gap <= bound))).all())
+        clipped = [np.clip(x.astype(np.float64), -largest, largest) for x in (a, b)]
+        overflow = np.isfinite(bound) & (np.abs(clipped[0] - clipped[1]) <= bound)
+        return bool((same | overflow | (np.isfinite(gap) & (gap <= bound))).all())
 
 
 def _worst(a: np.ndarray, b: np.ndarray) -> str:
@@ -147,6 +152,7 @@ def _errors(
             got = getattr(answer, part, None)
             if got is None or truth is None or size is None:
                 continue
+            truth, size = answer.have(part, truth), answer.have(part, size)
             if (np.isfinite(got) & np.isfinite(truth)).any():
                 found[f"{who}, {part}"] = _ulps(got, truth, size)
     return found

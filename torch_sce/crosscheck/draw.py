@@ -6,85 +6,100 @@ often enough.
 
 Values are chosen so that the answer does not depend on luck. Weights that may add up to zero are
 multiples of 1/4, whose sums are exact in any order and dtype: a denominator is zero for everybody
-or for nobody.
+or for nobody. `Bits` gives the same case on every machine.
+
+Code for large tensors takes other ways than code for small ones, so some cases are `LARGE`; and
+what is far from the rest, or tiny, or huge, is drawn most often for these.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
-from .cases import LOSSES, Batch, Case, pick, pick_weights, to_bfloat16
+from .bits import Bits
+from .cases import LOSSES, Batch, Case, one_hot, pick_weights, to_bfloat16
 from .draw_metrics import draw_metric
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
+LARGE = 2**18 + 1  # predictions: more than any threshold of the CPU's kernels
+OUTLIERS = (10.0, 30.0, 100.0, 300.0, 1e4, 1e6, 1e10, 1e20, 1e30)
+LARGE_SIZES = ("large", "very many classes")
 LABEL_DTYPES = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool")
 
 
 def draw(seed: int, index: int) -> Case:
     """The case of that number."""
-    rng = np.random.default_rng([seed, index])
-    what = pick(rng, {"SparseCategoricalCrossentropy": 10, "CategoricalCrossentropy": 4.5, None: 4})
-    return draw_metric(rng, seed, index) if what is None else _loss(rng, seed, index, what)
+    bits = Bits(seed, index)
+    what = bits.pick({"SparseCategoricalCrossentropy": 10, "CategoricalCrossentropy": 4.5, None: 4})
+    return draw_metric(bits, seed, index) if what is None else _loss(bits, seed, index, what)
 
 
-def _loss(rng, seed: int, index: int, name: str) -> Case:
+def _loss(bits, seed: int, index: int, name: str) -> Case:
     features = {"loss": name}
-    form = features["form"] = pick(rng, {"class": 9, "function": 1})
-    from_logits = bool(rng.integers(2))
+    form = features["form"] = bits.pick({"class": 9, "function": 1})
+    loss_shape, classes = _shape(bits, features)
+    from_logits = bits.chance(0.7 if _is_large(features) else 0.5)
     features["predictions are"] = "logits" if from_logits else "probabilities"
     options: dict[str, Any] = {"from_logits": from_logits}
-
-    loss_shape, classes = _shape(rng, features)
-    y_pred = _predictions(rng, features, from_logits, loss_shape, classes)
-    y_pred, y_pred_dtype = _predictions_dtype(rng, features, y_pred)
+    label = bits.integers(0, max(classes, 1), loss_shape)
+    y_pred = (_logits if from_logits else _probabilities)(bits, features, label, classes)
+    y_pred, y_pred_dtype = _predictions_dtype(bits, features, y_pred)
     if name == LOSSES[0]:
-        y_pred, options["axis"] = _axis(rng, features, y_pred, 2)
-        y_true, options["ignore_class"] = _labels(rng, features, loss_shape, classes)
-        y_true = _label_shape(rng, features, y_true, options["axis"])
+        y_pred, options["axis"] = _axis(bits, features, y_pred, 2)
+        y_true, options["ignore_class"] = _labels(bits, features, label, classes)
+        y_true = _label_shape(bits, features, y_true, options["axis"])
     else:
         axes = y_pred.ndim
-        y_true = _targets(rng, features, loss_shape, classes)
-        y_pred, options["axis"] = _axis(rng, features, y_pred, 6)
+        y_true = _targets(bits, features, label, classes)
+        y_pred, options["axis"] = _axis(bits, features, y_pred, 6)
         if y_true.ndim == axes and -axes <= options["axis"] < axes:
             y_true = np.moveaxis(y_true, -1, options["axis"])
-        options["label_smoothing"] = _smoothing(rng, features)
-        y_true, y_pred = _target_shape(rng, features, y_true, y_pred)
+        options["label_smoothing"] = _smoothing(bits, features)
+        y_true, y_pred = _target_shape(bits, features, y_true, y_pred)
 
     weight = mask = None
     as_lists = False
     if form == "class":
-        options["reduction"] = _reduction(rng, features)
-        options["dtype"] = pick(
-            rng, {None: 20, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 3}
-        )
+        options["reduction"] = _reduction(bits, features)
+        odds = {None: 20, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 3}
+        options["dtype"] = bits.pick(odds)
         features["dtype"] = str(options["dtype"])
-        weight = _weights(rng, features, loss_shape)
-        mask = _mask(rng, features, loss_shape)
-    if y_pred_dtype == "float32" and rng.random() < 0.03:
+        weight = _weights(bits, features, options, loss_shape)
+        mask = _mask(bits, features, loss_shape)
+    if y_pred_dtype == "float32" and not _is_large(features) and bits.chance(0.03):
         as_lists, mask = True, None  # lists carry none
     features["given as"] = "lists" if as_lists else "arrays"
-    size = max(1, int(np.prod(loss_shape)))
-    upstream = rng.choice([-2.0, -1.0, -0.5, 0.5, 1.0, 1.5, 3.0], size).astype(np.float32)
     batch = Batch(y_true, y_pred, y_pred_dtype, weight, mask)
+    upstream = _upstream(bits, features, options, y_pred_dtype, label.size)
     return Case(seed, index, name, form, options, batch, as_lists, upstream, features)
 
 
-def _shape(rng, features) -> tuple[tuple[int, ...], int]:
-    rank = pick(rng, {0: 1, 1: 8, 2: 6, 3: 2})
-    loss_shape = tuple(int(n) for n in rng.integers(1, 7, rank))
-    classes = int(rng.integers(2, 12))
-    kind = pick(rng, {"small": 30, "one class": 2, "no samples": 1, "square": 6, "B = 1": 2,
-                       "many samples": 2, "many classes": 2, "no classes": 0.5})  # fmt: skip
+def _is_large(features) -> bool:
+    return features["size"] in LARGE_SIZES
+
+
+def _shape(bits, features) -> tuple[tuple[int, ...], int]:
+    rank = bits.pick({0: 1, 1: 8, 2: 6, 3: 2})
+    loss_shape = tuple(bits.integer(1, 7) for _ in range(rank))
+    classes = bits.integer(2, 12)
+    kind = bits.pick({"small": 30, "one class": 2, "no samples": 1, "square": 6, "B = 1": 2,
+                       "many samples": 2, "many classes": 2, "no classes": 0.5, "large": 0.5,
+                      "very many classes": 0.08})  # fmt: skip
     if kind == "one class":
         classes = 1
     elif kind == "no classes":
         classes = 0
     elif kind == "many classes":
-        classes, loss_shape = int(rng.integers(200, 3000)), loss_shape[:1]
+        classes, loss_shape = bits.integer(200, 3000), loss_shape[:1]
+    elif kind == "large":
+        loss_shape, classes = _large_shape(bits)
+    elif kind == "very many classes":  # and too few rows to be large
+        classes, loss_shape = bits.integer(20_000, 60_000), (1, 2) if rank else ()
     elif kind == "many samples":
-        loss_shape = (int(rng.integers(200, 800)), *loss_shape[1:2])
+        loss_shape = (bits.integer(200, 800), *loss_shape[1:2])
     elif kind == "no samples" and rank > 0:
-        empty = int(rng.integers(rank))
+        empty = bits.integer(0, rank)
         loss_shape = tuple(0 if i == empty else n for i, n in enumerate(loss_shape))
     elif kind == "square" and rank > 1:
         loss_shape = loss_shape[:1] * rank
@@ -95,57 +110,93 @@ def _shape(rng, features) -> tuple[tuple[int, ...], int]:
     return loss_shape, classes
 
 
-def _predictions(rng, features, from_logits, loss_shape, classes) -> np.ndarray:
-    shape = (*loss_shape, classes)
-    logits = rng.standard_normal(shape)
-    if from_logits:
-        kind = pick(rng, {"normal": 8, "wide": 6, "with an offset": 3, "huge": 1, "equal": 1,
-                           "with -inf": 2, "with inf": 1, "with nan": 1, "zeros": 1})  # fmt: skip
-        if kind == "wide":
-            logits *= rng.choice([5.0, 20.0, 100.0])
-        elif kind == "with an offset":
-            logits = logits * 3 + rng.choice([1e3, -1e4, 1e5])
-        elif kind == "huge":
-            logits *= rng.choice([1e4, 1e30, 1e33])  # sums of these stay finite
-        elif kind == "equal":
-            logits = np.broadcast_to(logits[..., :1], shape).copy()
-        elif kind == "zeros":
-            logits = np.zeros(shape)
-        values = _sprinkle(rng, logits, kind)
-    else:
-        kind = pick(rng, {"softmax": 8, "peaked": 4, "with zeros and ones": 4, "unnormalised": 3,
-                           "outside [0, 1]": 2, "at the bounds": 2, "with -inf": 0.7,
-                           "with inf": 0.7, "with nan": 1, "uniform": 1})  # fmt: skip
-        scale = rng.choice([5.0, 15.0]) if kind == "peaked" else 1.0
-        values = np.exp(scale * logits)
-        values /= values.sum(-1, keepdims=True)
-        if kind == "with zeros and ones" and classes:
-            hot = np.eye(classes)[rng.integers(0, classes, loss_shape)]
-            values = np.where(rng.random((*loss_shape, 1)) < 0.6, hot, values)
-            values = np.where(rng.random(shape) < 0.2, 0.0, values)
-        elif kind == "unnormalised":
-            values = rng.random(shape)
-        elif kind == "outside [0, 1]":
-            values = logits * 2
-        elif kind == "at the bounds":
-            low, high = np.float32(1e-7), np.float32(1 - 1e-7)
-            edge = [low, np.nextafter(low, np.float32(0)), np.nextafter(low, np.float32(1)),
-                    high, np.nextafter(high, np.float32(0)), np.float32(1), 3e-7]  # fmt: skip
-            values = np.where(rng.random(shape) < 0.4, rng.choice(edge, shape), values)
-        elif kind == "uniform" and classes:
-            values = np.full(shape, 1 / classes)
-        values = _sprinkle(rng, values, kind)
+def _large_shape(bits) -> tuple[tuple[int, ...], int]:
+    """Rows of few classes, of many, or one row of all, on one to three axes."""
+    size = bits.integer(LARGE, LARGE * 3 // 2)
+    low, high = bits.pick({(2, 12): 3, (200, 4000): 4, (LARGE, LARGE * 3 // 2): 1})
+    classes = bits.integer(low, high)
+    rows = -(-size // classes)
+    before = tuple(bits.integer(2, 6) for _ in range(bits.pick({0: 4, 1: 3, 2: 1})))
+    return (*before, -(-rows // math.prod(before))), classes
+
+
+def _logits(bits, features, label, classes) -> np.ndarray:
+    shape = (*label.shape, classes)
+    odds = {"normal": 8, "wide": 6, "with an offset": 3, "huge": 1, "equal": 1, "with -inf": 2,
+            "with inf": 1, "with nan": 1, "zeros": 1, "an outlier": 2, "gaps": 1,
+            "confident": 1}  # fmt: skip
+    if _is_large(features):
+        odds |= {"normal": 2, "with an offset": 6, "an outlier": 10, "gaps": 12, "confident": 4}
+    kind = features["values"] = bits.pick(odds)
+    z = bits.normal(shape)
+    if kind == "wide":
+        z *= bits.choice([5.0, 20.0, 100.0])
+    elif kind == "with an offset":
+        offset = bits.choice([22.0, -36.0, 1e3, -1e4, 1e5])
+        z = (z if abs(offset) < 100 else z * 3) + offset
+    elif kind == "huge":
+        z *= bits.choice([1e4, 1e30, 1e33])  # sums of these stay finite
+    elif kind == "equal":
+        z = np.broadcast_to(z[..., :1], shape).copy()
+    elif kind == "zeros":
+        z = np.zeros(shape)
+    elif z.size and kind in ("an outlier", "gaps", "confident"):
+        _set_apart(bits, z.reshape(-1, classes), label.ravel(), kind)
+    return _sprinkle(bits, z, kind)
+
+
+def _set_apart(bits, z, label, kind) -> None:
+    """Moves logits z (N, C), most within -6 and 6, far from the rest, in place."""
+    every = np.arange(len(z))
+    if kind == "confident" or (kind == "an outlier" and bits.chance(0.5)):
+        z[every, label] = 16 + 90 * bits.uniform(label.shape)
+    if kind == "an outlier":
+        row = bits.integer(0, len(z))
+        at = label[row] if bits.chance(0.5) else bits.integer(0, z.shape[1])
+        z[row, at] = bits.choice([1.0, -1.0]) * bits.choice(OUTLIERS) * bits.integer(4, 12) / 4
+    elif kind == "gaps":  # in one row, or in some
+        rows = every[bits.flags(0.3, label.shape)] if bits.chance(0.5) else every[-1:]
+        top, below = 10 + 18 * bits.uniform(rows.shape), -60 - 19 * bits.uniform(rows.shape)
+        if bits.chance(0.4):  # beyond what exp can bear
+            top, below = 3 * top, 2 * below
+        z[rows, (label[rows] + 1) % z.shape[1]] = top
+        z[rows, label[rows]] = below
+
+
+def _probabilities(bits, features, label, classes) -> np.ndarray:
+    shape = (*label.shape, classes)
+    kind = bits.pick({"softmax": 8, "peaked": 4, "with zeros and ones": 4, "unnormalised": 3,
+                      "outside [0, 1]": 2, "at the bounds": 2, "with -inf": 0.7, "with inf": 0.7,
+                      "with nan": 1, "uniform": 1})  # fmt: skip
     features["values"] = kind
-    return values
+    values = bits.shares(shape, 28 if kind == "peaked" else 6)
+    if kind == "peaked" and bits.chance(0.5):
+        values *= bits.choices([1, 2.0**-30, 2.0**-60], shape)
+    elif kind == "with zeros and ones" and classes:
+        hot = one_hot(bits.integers(0, classes, label.shape), classes)
+        values = np.where(bits.flags(0.6, (*label.shape, 1)), hot, values)
+        values = np.where(bits.flags(0.2, shape), 0.0, values)
+    elif kind == "unnormalised":
+        values = bits.uniform(shape)
+    elif kind == "outside [0, 1]":
+        values = bits.normal(shape) * 2
+    elif kind == "at the bounds":
+        low, high = np.float32(1e-7), np.float32(1 - 1e-7)
+        edge = [low, np.nextafter(low, np.float32(0)), np.nextafter(low, np.float32(1)),
+                high, np.nextafter(high, np.float32(0)), np.float32(1), 3e-7]  # fmt: skip
+        values = np.where(bits.flags(0.4, shape), bits.choices(edge, shape), values)
+    elif kind == "uniform" and classes:
+        values = np.full(shape, 1 / classes)
+    return _sprinkle(bits, values, kind)
 
 
-def _sprinkle(rng, values, kind) -> np.ndarray:
+def _sprinkle(bits, values, kind) -> np.ndarray:
     odd = {"with -inf": -np.inf, "with inf": np.inf, "with nan": np.nan}.get(kind)
-    return values if odd is None else np.where(rng.random(values.shape) < 0.15, odd, values)
+    return values if odd is None else np.where(bits.flags(0.15, values.shape), odd, values)
 
 
-def _predictions_dtype(rng, features, values) -> tuple[np.ndarray, str]:
-    dtype = pick(rng, {"float32": 14, "float16": 1, "bfloat16": 1, "float64": 2, "int32": 0.3})
+def _predictions_dtype(bits, features, values) -> tuple[np.ndarray, str]:
+    dtype = bits.pick({"float32": 14, "float16": 1, "bfloat16": 1, "float64": 2, "int32": 0.3})
     features["dtype of y_pred"] = dtype
     with np.errstate(all="ignore"):
         if dtype == "bfloat16":
@@ -155,48 +206,50 @@ def _predictions_dtype(rng, features, values) -> tuple[np.ndarray, str]:
         return values.astype(dtype), dtype
 
 
-def _axis(rng, features, y_pred, other: float) -> tuple[np.ndarray, int]:
+def _axis(bits, features, y_pred, other: float) -> tuple[np.ndarray, int]:
     rank = y_pred.ndim
-    kind = pick(rng, {"-1": 30, "last": 3, "other": other, "outside": 0.5})
+    if features["size"] == "very many classes":
+        other = 30
+    kind = bits.pick({"-1": 30, "last": 3, "other": other, "outside": 0.5})
     axis = -1
     if kind == "last":
         axis = rank - 1
     elif kind == "outside":
-        axis = int(rng.choice([rank, rank + 2, -rank - 1]))
+        axis = bits.choice([rank, rank + 2, -rank - 1])
     elif kind == "other" and rank > 1:
-        axis = int(rng.integers(rank - 1))
+        axis = bits.integer(0, rank - 1)
         y_pred = np.ascontiguousarray(np.moveaxis(y_pred, -1, axis))
-        if rng.random() < 0.5:
+        if bits.chance(0.5):
             axis -= rank
     features["axis"] = kind
     return y_pred, axis
 
 
-def _labels(rng, features, loss_shape, classes) -> tuple[np.ndarray, Any]:
+def _labels(bits, features, labels, classes) -> tuple[np.ndarray, Any]:
     """Labels and the class to ignore, which have to know of each other."""
-    labels = rng.integers(0, max(classes, 1), loss_shape)
-    kind = pick(rng, {"none": 20, "a class": 3, "-1": 4, "255": 2, "-100": 1, "all": 1,
+    shape = labels.shape
+    kind = bits.pick({"none": 20, "a class": 3, "-1": 4, "255": 2, "-100": 1, "all": 1,
                        "a float": 1, "absent": 1, "True": 0.5})  # fmt: skip
     ignore = {"-1": -1, "255": 255, "-100": -100, "a float": 1.0, "absent": -7, "True": True}.get(
-        kind, int(rng.integers(0, max(classes, 1))) if kind != "none" else None
+        kind, bits.integer(0, max(classes, 1)) if kind != "none" else None
     )
     if kind == "all":
-        labels = np.full(loss_shape, ignore)
+        labels = np.full(shape, ignore)
     elif ignore is not None and kind != "absent":
-        labels = np.where(rng.random(loss_shape) < 0.4, int(ignore), labels)
+        labels = np.where(bits.flags(0.4, shape), int(ignore), labels)
     features["ignore_class"] = kind
 
-    values = pick(rng, {"valid": 30, "outside": 1.2, "fractional": 2})
+    values = bits.pick({"valid": 30, "outside": 1.2, "fractional": 2})
     if values == "outside":
-        odd = rng.choice([-1, -100, classes, classes + 3, 255])
-        labels = np.where(rng.random(loss_shape) < 0.3, odd, labels)
-    dtype = pick(rng, {"int64": 10, "int32": 5, "other": 8, "float": 3})
+        odd = bits.choice([-1, -100, classes, classes + 3, 255])
+        labels = np.where(bits.flags(0.3, shape), odd, labels)
+    dtype = bits.pick({"int64": 10, "int32": 5, "other": 8, "float": 3})
     if values == "fractional":
         dtype = "float"
     if dtype == "other":
-        dtype = str(rng.choice(LABEL_DTYPES))
+        dtype = bits.choice(LABEL_DTYPES)
     elif dtype == "float":
-        dtype = str(rng.choice(["float32", "float16", "float64"]))
+        dtype = bits.choice(["float32", "float16", "float64"])
     if not np.issubdtype(np.dtype(dtype), np.floating) and labels.size:
         limits = np.iinfo(dtype) if dtype != "bool" else None
         low, high = (limits.min, limits.max) if limits else (0, 1)
@@ -204,50 +257,51 @@ def _labels(rng, features, loss_shape, classes) -> tuple[np.ndarray, Any]:
             dtype = "int64"
     labels = labels.astype(dtype)
     if values == "fractional":
-        whole = rng.random(loss_shape) < 0.4
-        labels = (labels + np.where(whole, 0, rng.choice([0.25, 0.5, 0.75]))).astype(dtype)
-        if rng.random() < 0.3:
-            odd = rng.choice([-0.5, -0.9, 1.5, np.nan, np.inf, 1 - 1e-9, 2 - 1e-9])
-            labels = np.where(rng.random(loss_shape) < 0.3, odd, labels).astype(dtype)
-            ignore = 1.5 if ignore is not None and rng.random() < 0.5 else ignore
+        whole = bits.flags(0.4, shape)
+        labels = (labels + np.where(whole, 0, bits.choice([0.25, 0.5, 0.75]))).astype(dtype)
+        if bits.chance(0.3):
+            odd = bits.choice([-0.5, -0.9, 1.5, np.nan, np.inf, 1 - 1e-9, 2 - 1e-9])
+            labels = np.where(bits.flags(0.3, shape), odd, labels).astype(dtype)
+            ignore = 1.5 if ignore is not None and bits.chance(0.5) else ignore
     features["labels"] = values
     features["dtype of y_true"] = dtype
     return labels, ignore
 
 
-def _targets(rng, features, loss_shape, classes) -> np.ndarray:
-    shape = (*loss_shape, classes)
-    kind = pick(rng, {"one-hot": 8, "soft": 6, "unnormalised": 2, "all zero": 0.7, "signed": 0.5,
+def _targets(bits, features, label, classes) -> np.ndarray:
+    shape = (*label.shape, classes)
+    kind = bits.pick({"one-hot": 8, "soft": 6, "unnormalised": 2, "all zero": 0.7, "signed": 0.5,
                       "with nan": 0.5})  # fmt: skip
-    values = np.eye(max(classes, 1))[rng.integers(0, max(classes, 1), loss_shape)]
-    values = values[..., :classes]
+    values = one_hot(label, classes)
     if kind == "soft":
-        values = rng.dirichlet(np.full(max(classes, 1), 0.5), loss_shape)[..., :classes]
+        values = bits.shares(shape, 12)
     elif kind == "unnormalised":
-        values = rng.random(shape) * 3
+        values = bits.uniform(shape) * 3
     elif kind == "all zero":
-        values = values * (rng.random((*loss_shape, 1)) < 0.5)
+        values = values * bits.flags(0.5, (*label.shape, 1))
     elif kind == "signed":
-        values = rng.integers(-2, 3, shape) / 2
+        values = bits.integers(-2, 3, shape) / 2
     elif kind == "with nan":
-        values = np.where(rng.random(shape) < 0.1, np.nan, values)
+        values = np.where(bits.flags(0.1, shape), np.nan, values)
     dtypes = {"float32": 12, "float64": 2, "float16": 1}
     if kind == "one-hot":
         dtypes |= {"int64": 4, "int32": 1, "uint8": 1, "bool": 1}
-    dtype = pick(rng, dtypes)
+    dtype = bits.pick(dtypes)
     features["targets"] = kind
     features["dtype of y_true"] = dtype
     return values.astype(dtype)
 
 
-def _smoothing(rng, features) -> Any:
-    smoothing = pick(rng, {0.0: 12, 0.1: 5, 0.3: 2, 1: 0.7, None: 0.5, 1.5: 0.4, -0.1: 0.4})
+def _smoothing(bits, features) -> Any:
+    smoothing = bits.pick({0.0: 12, 0.1: 5, 0.3: 2, 1: 0.7, None: 0.5, 1.5: 0.4, -0.1: 0.4})
     features["label_smoothing"] = str(smoothing)
     return smoothing
 
 
-def _target_shape(rng, features, y_true, y_pred) -> tuple[np.ndarray, np.ndarray]:
-    kind = pick(rng, {"plain": 30, "trailing 1": 1, "y_pred has a trailing 1": 1, "class numbers":
+def _target_shape(bits, features, y_true, y_pred) -> tuple[np.ndarray, np.ndarray]:
+    if _is_large(features):
+        return y_true, y_pred
+    kind = bits.pick({"plain": 30, "trailing 1": 1, "y_pred has a trailing 1": 1, "class numbers":
                       0.5, "one sample": 0.5, "other classes": 0.5})  # fmt: skip
     features["shape of y_true"] = kind
     if kind == "trailing 1":
@@ -263,8 +317,10 @@ def _target_shape(rng, features, y_true, y_pred) -> tuple[np.ndarray, np.ndarray
     return y_true, y_pred
 
 
-def _label_shape(rng, features, labels, axis) -> np.ndarray:
-    kind = pick(rng, {"plain": 20, "trailing 1": 7, "two trailing 1": 1,
+def _label_shape(bits, features, labels, axis) -> np.ndarray:
+    if _is_large(features):
+        return labels
+    kind = bits.pick({"plain": 20, "trailing 1": 7, "two trailing 1": 1,
                        "1 at the class axis": 1, "flat": 0.7, "leading 1": 0.5, "scalar": 0.3,
                        "one too many": 0.3})  # fmt: skip
     features["shape of y_true"] = kind
@@ -285,17 +341,19 @@ def _label_shape(rng, features, labels, axis) -> np.ndarray:
     return labels
 
 
-def _reduction(rng, features) -> Any:
-    reduction = pick(
-        rng, {**{r: 5 for r in REDUCTIONS}, "sum_over_batch_size": 9, "auto": 1, "average": 0.4}
+def _reduction(bits, features) -> Any:
+    reduction = bits.pick(
+        {**{r: 5 for r in REDUCTIONS}, "sum_over_batch_size": 9, "auto": 1, "average": 0.4}
     )
     features["reduction"] = str(reduction)
     return reduction
 
 
-def _weight_shape(rng, loss_shape) -> tuple[str, tuple[int, ...]]:
+def _weight_shape(bits, loss_shape, large: bool) -> tuple[str, tuple[int, ...]]:
     """The name of a shape, and the shape: all that Keras's rules accept, and some they do not."""
     full = loss_shape
+    if large:  # others could make an outer product of it
+        return "losses' own", full
     choices: dict[str, tuple[float, tuple[int, ...]]] = {
         "losses' own": (8, full),
         "with a trailing 1": (3, (*full, 1)),
@@ -310,35 +368,60 @@ def _weight_shape(rng, loss_shape) -> tuple[str, tuple[int, ...]]:
         "wrong": (0.4, (*full[:-1], (full[-1] + 1) if full else 3)),
         "squared": (0.5, (*full, *full[-1:])),
     }
-    kind = pick(rng, {name: odds for name, (odds, _) in choices.items()})
+    kind = bits.pick({name: odds for name, (odds, _) in choices.items()})
     return kind, choices[kind][1]
 
 
-def _weights(rng, features, loss_shape) -> Any:
-    if rng.random() < 0.5:
+def _weights(bits, features, options, loss_shape) -> Any:
+    if bits.chance(0.5):
         features["sample_weight"] = "none"
         return None
-    kind, shape = _weight_shape(rng, loss_shape)
+    kind, shape = _weight_shape(bits, loss_shape, _is_large(features))
     odds = {"positive": 5, "arbitrary": 5, "with zeros": 4, "signed": 2, "all zero": 1, "nan": 0.5}
-    values, weight = pick_weights(rng, shape, odds)
+    if _may_scale(options):
+        odds["tiny or huge"] = 12 if _is_large(features) else 2
+    values, weight = pick_weights(bits, shape, odds, options["from_logits"])
     features["sample_weight"] = kind
     features["values of sample_weight"] = values
-    container = pick(rng, {"float32": 10, "float64": 2, "int32": 1, "bool": 1, "list": 2})
+    container = bits.pick({"float32": 10, "float64": 2, "int32": 1, "bool": 1, "list": 2})
     if container == "list":
         return weight.tolist()
-    if container in ("int32", "bool") and values == "nan":
+    if container in ("int32", "bool") and values in ("nan", "tiny or huge"):
         container = "float32"
     return weight.astype(container)
 
 
-def _mask(rng, features, loss_shape) -> np.ndarray | None:
-    if rng.random() < 0.7:
+def _mask(bits, features, loss_shape) -> np.ndarray | None:
+    if bits.chance(0.7):
         features["mask"] = "none"
         return None
-    kind, shape = _weight_shape(rng, loss_shape)
-    share = pick(rng, {0.6: 10, 0.0: 1, 1.0: 1})
-    mask = np.asarray(rng.random(shape) < share)
-    dtype = pick(rng, {"bool": 8, "int32": 1, "float32": 1, "half": 0.7})
+    kind, shape = _weight_shape(bits, loss_shape, _is_large(features))
+    share = bits.pick({0.6: 10, 0.0: 1, 1.0: 1})
+    mask = np.asarray(bits.flags(share, shape))
+    dtype = bits.pick({"bool": 8, "int32": 1, "float32": 1, "half": 0.7})
     features["mask"] = kind
     features["dtype of mask"] = dtype
     return mask * np.float32(0.5) if dtype == "half" else mask.astype(dtype)
+
+
+def _may_scale(options) -> bool:
+    """Whether a gradient may be tiny or huge: not in half precision, which has no such numbers, nor
+    where what overflows is multiplied by 0 after that.
+    """
+    halves = options.get("dtype") in ("float16", "bfloat16")
+    return not halves and options.get("label_smoothing") != 1
+
+
+def _upstream(bits, features, options, y_pred_dtype, size) -> np.ndarray:
+    """What the losses are multiplied by: ordinary numbers, or these times a power of two."""
+    upstream = bits.choices([-2.0, -1.0, -0.5, 0.5, 1.0, 1.5, 3.0], (max(1, size),))
+    odds = {"ordinary": 20}
+    given = {"dtype": y_pred_dtype} | options  # a function's is that of the predictions
+    if _may_scale(given) and features.get("values of sample_weight") != "tiny or huge":
+        odds |= dict.fromkeys(("tiny", "huge"), 5 if _is_large(features) else 1)
+    kind = features["upstream"] = bits.pick(odds)
+    if kind == "tiny":
+        upstream *= math.ldexp(1, -bits.integer(20, 121))
+    elif kind == "huge":
+        upstream *= math.ldexp(1, bits.integer(20, 101 if options["from_logits"] else 81))
+    return upstream.astype(np.float32)

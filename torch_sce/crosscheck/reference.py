@@ -9,17 +9,22 @@ times u (Higham and Mary, 2019, "A new approach to probabilistic rounding error 
 independent roundings the chance of more is below 2 exp(-GROWTH^2 / 2)). Every other operation
 loses a u of its result, or two; exp multiplies what its argument has lost by the argument.
 `SLACK` counts the operations on the longest way from input to result.
+
+A result below the dtype's least normal number may become 0: TensorFlow flushes such to zero, where
+others keep some of their digits. What is lost then, up to `LEAST`, is multiplied by what follows:
+`flushed` is that in units of u.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .cases import Case, to_bfloat16
+from .cases import Case, one_hot, to_bfloat16
 
 GROWTH = 6
 SLACK = 8
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+LARGEST = {"float16": 65520, "bfloat16": 3.39615e38, "float32": 3.4028235677973366e38}
 LEAST = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
 
@@ -61,6 +66,7 @@ class _Rows:
     loss_size: np.ndarray | None = None  # what an error is compared with; None: |loss|, or 1
     target_slope: np.ndarray | None = None
     target_scale: np.ndarray | None = None
+    after: np.ndarray | float = 1.0  # what a product with g may be multiplied by on its way back
 
 
 def expected(case: Case, poisons: bool = False) -> Expected:
@@ -210,7 +216,7 @@ def _from_logits(z: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     e = np.exp(-distance)
     s = e.sum(-1, keepdims=True)
     share = e / s
-    label = np.eye(z.shape[-1])[y]
+    label = one_hot(y, z.shape[-1])
     gap = np.take_along_axis(distance, y[..., None], -1)
     loss = (np.log(s) + gap)[..., 0]
     reach = np.where(e == 0, 0, distance)
@@ -218,9 +224,7 @@ def _from_logits(z: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     weighted = 2 * (share * reach).sum(-1, keepdims=True)
     loss_scale = (sums + weighted + 2 * np.log(s) + 2 * gap)[..., 0]
     slope_scale = share * (2 * reach + weighted + sums)
-    slope_scale = slope_scale + 2 * LEAST[dtype] / min(
-        UNIT[dtype], UNIT["float32"]
-    )  # exp may flush its result to zero
+    slope_scale = slope_scale + flushed(dtype)  # the exp and the share
     return _Rows(loss, loss_scale, share - label, slope_scale + SLACK * label, share + label)
 
 
@@ -229,7 +233,7 @@ def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     c = np.minimum(np.maximum(q, low), high)  # both let NaN through
     inside = (low <= q) & (q <= high)
     s = c.sum(-1, keepdims=True)
-    label = np.eye(q.shape[-1])[y]
+    label = one_hot(y, q.shape[-1])
     at_label = np.take_along_axis(c, y[..., None], -1)
     loss = (np.log(s) - np.log(at_label))[..., 0]
     # Keras takes logarithms first: their rounding is relative to them, not to their differences.
@@ -243,7 +247,7 @@ def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
     size = np.where(inside, 1 / s + label / c, 0)
     slope = np.where(np.isnan(s) & inside, np.nan, slope)
     scale = np.where(inside, (2 * depth + 2 * deepest + weighted + sums) / s + SLACK * label / c, 0)
-    return _Rows(loss, loss_scale, slope, scale, size, size == 0)
+    return _Rows(loss, loss_scale, slope, scale, size, size == 0, after=np.where(inside, 1 / c, 0))
 
 
 def _targets_from_logits(z, t, keep: float, dtype: str) -> _Rows:
@@ -262,8 +266,7 @@ def _targets_from_logits(z, t, keep: float, dtype: str) -> _Rows:
     loss = (t * logarithms).sum(-1)
     loss_scale = (np.abs(t) * (log_scale + sums * logarithms)).sum(-1)
     slope_scale = share * size * (2 * reach + weighted + 2 * np.log(s) + 2 * sums)
-    slope_scale = slope_scale + size * 2 * LEAST[dtype] / min(UNIT[dtype], UNIT["float32"])
-    slope_scale = slope_scale + SLACK * np.abs(t)
+    slope_scale = slope_scale + size * flushed(dtype) + SLACK * np.abs(t)
     slope_size = share * size + np.abs(t)
     loss_size = np.maximum((np.abs(t) * logarithms).sum(-1), 1)
     return _Rows(loss, loss_scale, total * share - t, slope_scale, slope_size, False,
@@ -298,9 +301,11 @@ def _targets_from_probabilities(q, t, keep: float, dtype: str) -> _Rows:
     worse = np.maximum(off / sums, 1)
     loss_size = worse[..., 0] * np.maximum((np.abs(t) * depth).sum(-1), 1)
     clipped = ((n < low) | (n > high)).all(-1, keepdims=True)
+    after = np.where(inside, 1 / c, 0)
+    after = (after + (after * np.abs(n) + 1).sum(-1, keepdims=True)) / np.abs(s)
     return _Rows(loss, loss_scale, slope, np.where(unsure, np.inf, scale),
                  np.where(unsure, np.inf, worse * size), clipped, loss_size,
-                 -keep * np.log(c), target_scale)  # fmt: skip
+                 -keep * np.log(c), target_scale, after)  # fmt: skip
 
 
 def _rounded(value: float, dtype: str) -> float:
@@ -317,11 +322,12 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
     factor = _factor(weight, mask, reduction)
     each = np.broadcast_to(factor, shape) if np.ndim(factor) else np.full(shape, factor)
     n = max(loss.size, 1)
+    lost = flushed(case.loss_dtype)
     if reduction in (None, "none"):
         divisor, upstream = 1.0, case.upstream[: loss.size].reshape(shape).astype(np.float64)
         value = loss * each
-        scale_of_value = rows.loss_scale * np.abs(each) + SLACK * np.abs(value)
-        size = loss_size * np.abs(each)
+        scale_of_value = rows.loss_scale * np.abs(each) + SLACK * np.abs(value) + lost
+        size = np.maximum(loss_size * np.abs(each), lost)
     else:
         divisor = _divisor(loss, weight, mask, factor, reduction)
         upstream = case.upstream[:1].item()
@@ -329,17 +335,21 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         value = _divide(total, divisor)
         if divisor == 0 and reduction != "mean_with_sample_weight":
             value = total * 0  # Keras multiplies by the mask's weight, 0: a NaN stays one
-        terms = np.abs(each) * (rows.loss_scale + (growth(n) + SLACK) * np.abs(loss))
+        terms = np.abs(each) * (rows.loss_scale + (growth(n) + SLACK) * np.abs(loss)) + lost
         scale_of_value = _divide(np.abs(np.where(counts, terms, 0)).sum(), abs(divisor))
-        terms = np.where(counts, loss_size * np.abs(each), 0)
+        terms = np.where(counts, np.maximum(loss_size * np.abs(each), lost), 0)
         size = _divide(terms.sum(), abs(divisor))
     g = _divide(upstream * each, divisor)
     g = np.where(bad, np.nan, g)[..., None]
     on = counts[..., None]
     gradient = np.where(on, g * rows.slope, 0)
     gradient = np.where(rows.clipped, 0, gradient)  # even if g is NaN
-    relative = SLACK * rows.slope_size + rows.slope_scale
-    row_size = (np.abs(g) * rows.slope_size).max(-1, keepdims=True)
+    # Upstream over the divisor, that times the weight, and their products with what is the row's.
+    lost_of_g = lost * (np.abs(each) + 1)[..., None]
+    lost_of_product = lost * (1 + rows.after)
+    scale = np.abs(g) * (SLACK * rows.slope_size + rows.slope_scale)
+    scale = scale + lost_of_g * rows.slope_size + lost_of_product
+    row_size = np.maximum(np.abs(g) * rows.slope_size, lost_of_product).max(-1, keepdims=True)
 
     def in_place(array: np.ndarray, like: np.ndarray) -> np.ndarray:
         """Zero where a sample does not count, in the layout of what was given."""
@@ -348,12 +358,13 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
 
     parts = {
         "gradient": in_place(gradient, case.y_pred),
-        "gradient_scale": in_place(np.abs(g) * relative, case.y_pred),
+        "gradient_scale": in_place(scale, case.y_pred),
         "gradient_size": in_place(row_size, case.y_pred),
         "gradient_dtype": case.y_pred_dtype,
     }
     if rows.target_slope is not None and rows.target_scale is not None:
-        scale = np.abs(g) * (rows.target_scale + SLACK * np.abs(rows.target_slope))
+        size = np.abs(rows.target_slope)
+        scale = np.abs(g) * (rows.target_scale + SLACK * size) + lost_of_g * size + lost
         parts |= {
             "target_gradient": in_place(g * rows.target_slope, case.y_true),
             "target_gradient_scale": in_place(scale, case.y_true),
@@ -362,10 +373,14 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
     return Expected(np.asarray(value), np.asarray(scale_of_value), np.asarray(size), dtype, **parts)
 
 
+def flushed(dtype: str) -> float:
+    """What flushing two results to zero may cost, in units of u."""
+    return 2 * LEAST[dtype] / min(UNIT[dtype], UNIT["float32"])
+
+
 def overflowed(array: np.ndarray, dtype: str) -> np.ndarray:
     """`array` with infinities where `dtype` has no such number."""
-    largest = {"float16": 65520, "bfloat16": 3.39615e38, "float32": 3.4028235677973366e38}
-    too_large = (np.abs(array) >= largest.get(dtype, np.inf)) & np.isfinite(array)
+    too_large = (np.abs(array) >= LARGEST.get(dtype, np.inf)) & np.isfinite(array)
     return np.where(too_large, np.copysign(np.inf, array), array)
 
 

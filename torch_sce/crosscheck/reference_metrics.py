@@ -49,7 +49,7 @@ def _results(case: Case, poisons: bool) -> Expected:
 def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, float, float]:
     """Total, count, and for rounding: sum of |w v|, of |w| times the scale of v, of |w|."""
     shape = _values_shape(case, batch)
-    weight, mask = _leading(batch.sample_weight, shape), _leading(batch.mask, shape)
+    weight, mask = (_leading(each, shape) for each in (batch.sample_weight, batch.mask))
     shown = None
     if mask is not None:
         shown = np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
@@ -86,7 +86,6 @@ def _mean(x: np.ndarray, over: tuple[int, ...]) -> np.ndarray:
 
 
 def _leading(value, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A weight or a mask for the first axes of values of this shape."""
     if value is None:
         return None
     value = np.asarray(value, dtype=np.float64)

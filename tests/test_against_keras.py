@@ -8,8 +8,9 @@ from conftest import make_case
 from torch_sce import SparseCategoricalCrossentropy
 from torch_sce.crosscheck.answers import RecordedOracle, ours
 from torch_sce.crosscheck.command import CASES, SEED
-from torch_sce.crosscheck.compare import AGREES, differs, judge, reference
+from torch_sce.crosscheck.compare import AGREES, GRADIENTS, differs, judge, reference
 from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.reference import SLACK, UNIT, growth
 
 EDGE = test_losses.TestValuesAtTheEdge
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
@@ -131,8 +132,38 @@ def test_the_recorded_answers_are_the_live_ones(keras):
         cases, keras.answers(cases), recorded.answers(cases), strict=True
     ):
         assert live.error == stored.error, case.index
-        parts = zip((live.value, live.gradient), (stored.value, stored.gradient), strict=True)
-        if all(same_bits(a, b) for a, b in parts):
+        pairs = [(live.value, stored.value)]
+        for part in GRADIENTS:
+            whole = getattr(live, part)
+            some = None if whole is None else stored.have(part, whole)
+            pairs.append((some, getattr(stored, part)))
+        if all(same_bits(a, b) for a, b in pairs):
             continue
-        # Another processor may round differently.
-        assert differs(live, stored, reference(case)[0], case) is None, case.index
+        # Another processor may round differently: within the bounds, where there is an answer.
+        right, _ = reference(case)
+        if right is not None:
+            assert differs(live, stored, right, case) is None, case.index
+        else:
+            assert all(nearly(a, b, case) for a, b in pairs), case.index
+
+
+def nearly(a, b, case) -> bool:
+    """Whether two answers of tf.keras are the same but for rounding, where the rules have none.
+
+    No number in them is made of more terms than there are predictions, which bound the terms.
+    """
+    if a is None or b is None or a.shape != b.shape:
+        return a is b
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return False
+    values = (abs(x[np.isfinite(x)]).max(initial=0) for x in (a, b, case.y_pred))
+    bound = 2 * (growth(case.y_pred.size) + SLACK) * UNIT[case.loss_dtype] * max(values)
+    return np.allclose(a, b, rtol=0, atol=bound, equal_nan=True)
+
+
+def test_what_is_nearly_the_same():
+    case = draw(SEED, 0)
+    a = np.array([np.nan, np.inf, 1.0, -3.0], np.float32)
+    assert nearly(None, None, case) and nearly(a, a * np.float32(1 + 2**-23), case)
+    assert not nearly(a, None, case) and not nearly(a, a[:3], case)
+    assert not nearly(a, a * 2, case) and not nearly(a, np.nan_to_num(a), case)

@@ -213,12 +213,13 @@ def test_without_a_mutation_nothing_is_caught(verdicts):
 def test_every_path_agrees_with_keras(path, recorded, monkeypatch):
     """Most cases are small: here they take the ways of large ones, and of other devices, too."""
     take_path(path, monkeypatch)
-    cases = recorded[::2] if "many" in path else recorded
+    small = [(case, answer) for case, answer in recorded if case.y_pred.size < 60_000]
+    cases = small[::2] if "many" in path else recorded
     # The interpreter is slow, and truncates to bfloat16 where devices round.
     if INTERPRETED:
         cases = [
             (case, answer)
-            for case, answer in recorded[::16]
+            for case, answer in small[::16]
             if case.is_loss and "bfloat16" not in (case.y_pred_dtype, case.options.get("dtype"))
         ]
     verdicts = [judge(case, answer, ours(case)) for case, answer in cases]

@@ -71,7 +71,8 @@ def _loss(bits, seed: int, index: int, name: str) -> Case:
         as_lists, mask = True, None  # lists carry none
     features["given as"] = "lists" if as_lists else "arrays"
     batch = Batch(y_true, y_pred, y_pred_dtype, weight, mask)
-    upstream = _upstream(bits, features, options, y_pred_dtype, label.size)
+    losses = max(label.size, y_pred.size // max(1, y_pred.shape[-1]))  # if that is a trailing 1
+    upstream = _upstream(bits, features, options, y_pred_dtype, losses)
     return Case(seed, index, name, form, options, batch, as_lists, upstream, features)
 
 

@@ -110,6 +110,8 @@ def _predictions(bits, features, name, options, shape, classes) -> np.ndarray:
                       "with inf": 1})  # fmt: skip
     if kind == "ties":
         values = bits.integers(0, 3, values.shape).astype(np.float32)
+        if bits.chance(0.3):  # between -0.0 and 0.0, too
+            values *= bits.choices([-1, 1], values.shape).astype(np.float32)
     elif kind == "all equal":
         values = np.ones_like(values)
     elif kind != "random":

@@ -127,7 +127,7 @@ def _expected_of_targets(case: Case, y_true, q, reduction, dtype: str) -> Expect
     precise = case.loss_dtype if case.loss_dtype == "float64" else "float32"
     t = y_true.astype(precise).astype(np.float64)
     if case.form == "class" and abs(t.ndim - q.ndim) == 1:
-        t, q = _matched(t, q), _matched(q, t)
+        t, q = matched(t, q), matched(q, t)
     if not -q.ndim <= options["axis"] < q.ndim:
         raise Refused("axis")
     axis = options["axis"] % q.ndim
@@ -150,7 +150,7 @@ def _expected_of_targets(case: Case, y_true, q, reduction, dtype: str) -> Expect
     return _reduce(case, result, counts, bad, weight, mask, reduction, axis, dtype)
 
 
-def _matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """`a` with as many axes as `b`, if the one that has more has a last axis of size 1."""
     if a.ndim > b.ndim != 1 and a.shape[-1] == 1:
         return a[..., 0]
@@ -335,9 +335,10 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         value = _divide(total, divisor)
         if divisor == 0 and reduction != "mean_with_sample_weight":
             value = total * 0  # Keras multiplies by the mask's weight, 0: a NaN stays one
+        weighed = counts & (each != 0)  # the scale of another may be infinite
         terms = np.abs(each) * (rows.loss_scale + (growth(n) + SLACK) * np.abs(loss)) + lost
-        scale_of_value = _divide(np.abs(np.where(counts, terms, 0)).sum(), abs(divisor))
-        terms = np.where(counts, np.maximum(loss_size * np.abs(each), lost), 0)
+        scale_of_value = _divide(np.abs(np.where(weighed, terms, 0)).sum(), abs(divisor))
+        terms = np.where(weighed, np.maximum(loss_size * np.abs(each), lost), 0)
         size = _divide(terms.sum(), abs(divisor))
     g = _divide(upstream * each, divisor)
     g = np.where(bad, np.nan, g)[..., None]
@@ -363,8 +364,8 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         "gradient_dtype": case.y_pred_dtype,
     }
     if rows.target_slope is not None and rows.target_scale is not None:
-        size = np.abs(rows.target_slope)
-        scale = np.abs(g) * (rows.target_scale + SLACK * size) + lost_of_g * size + lost
+        slope = np.abs(rows.target_slope)
+        scale = np.abs(g) * (rows.target_scale + SLACK * slope) + lost_of_g * slope + lost
         parts |= {
             "target_gradient": in_place(g * rows.target_slope, case.y_true),
             "target_gradient_scale": in_place(scale, case.y_true),

@@ -49,7 +49,7 @@ def _results(case: Case, poisons: bool) -> Expected:
 def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, float, float]:
     """Total, count, and for rounding: sum of |w v|, of |w| times the scale of v, of |w|."""
     shape = _values_shape(case, batch)
-    weight, mask = (_leading(each, shape) for each in (batch.sample_weight, batch.mask))
+    weight, mask = _leading(batch.sample_weight, shape), _leading(batch.mask, shape)
     shown = None
     if mask is not None:
         shown = np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
@@ -72,7 +72,8 @@ def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, 
     values, scale = (_mean(x, over) for x in (values, scale))
     factor = np.broadcast_to(factor, values.shape)
     w = np.abs(factor)
-    products = (values * factor, factor, w * np.abs(values), w * scale, w)
+    scale = np.where(w == 0, 0, w * scale)  # which may be infinite
+    products = (values * factor, factor, w * np.abs(values), scale, w)
     return tuple(float(_sample_means(x).sum()) for x in products)  # pyright: ignore[reportReturnType] there are five
 
 
@@ -86,6 +87,7 @@ def _mean(x: np.ndarray, over: tuple[int, ...]) -> np.ndarray:
 
 
 def _leading(value, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A weight or a mask for the first axes of values of this shape."""
     if value is None:
         return None
     value = np.asarray(value, dtype=np.float64)

@@ -193,7 +193,9 @@ def details(verdict: Verdict, keras: Answer | None, ours: Answer) -> str:
             lines.append(f"{who} raises {answer.error}: {answer.message}")
         else:
             lines.append(f"{who}, value, {_array(answer.value, answer.value_dtype)}")
-            lines.append(f"{who}, gradient, {_array(answer.gradient, answer.gradient_dtype)}")
+            some = "" if answer.gradient_places is None else ", the recorded entries"
+            text = _array(answer.gradient, answer.gradient_dtype)
+            lines.append(f"{who}, gradient{some}, {text}")
             if answer.target_gradient is not None:
                 lines.append(f"{who}, gradient of the targets, {_array(answer.target_gradient)}")
     if right is None:

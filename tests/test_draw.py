@@ -146,7 +146,13 @@ def test_of_a_large_gradient_some_entries_are_recorded(cases, tmp_path):
         assert np.array_equal(stored.gradient, stored.have("gradient", whole), equal_nan=True)
         assert judge(case, stored, answer).outcome == judge(case, answer, answer).outcome
         # What is wrong in an entry that is not recorded is found by the float64 rules.
-        wrong = replace(answer, gradient=whole + np.float32(1))
+        wrong = whole.ravel().copy()
+        places = stored.gradient_places
+        recorded = (
+            np.zeros(whole.size, bool) if places is None else np.isin(range(whole.size), places)
+        )
+        wrong[recorded.argmin()] = np.nan
+        wrong = replace(answer, gradient=wrong.reshape(whole.shape))
         assert judge(case, stored, wrong).outcome == MISMATCH
 
 

@@ -256,6 +256,8 @@ def _labels(bits, features, labels, classes) -> tuple[np.ndarray, Any]:
         low, high = (limits.min, limits.max) if limits else (0, 1)
         if labels.min() < low or labels.max() > high:
             dtype = "int64"
+    if dtype == "float16" and classes > 2**15:
+        dtype = "float32"
     labels = labels.astype(dtype)
     if values == "fractional":
         whole = bits.flags(0.4, shape)

@@ -134,7 +134,8 @@ def _bare(batch: Batch) -> Batch:
 def _accuracies(case: Case, batch: Batch) -> np.ndarray:
     y_true, y_pred = (x.astype(np.float64) for x in (batch.y_true, batch.y_pred))
     if case.name == "Accuracy":
-        if y_true.shape != y_pred.shape and (*y_pred.shape, 1) != y_true.shape:
+        one_longer = (*y_pred.shape, 1) == y_true.shape or (*y_true.shape, 1) == y_pred.shape
+        if y_true.shape != y_pred.shape and not one_longer:
             raise Refused("shape of y_true")
         return (y_true.reshape(y_pred.shape) == y_pred).astype(float)
     if y_pred.ndim < (2 if "TopK" in case.name else 1):

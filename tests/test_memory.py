@@ -19,7 +19,7 @@ CASES = {
     "mask": {"mask": True},
     "weights": {"weight": True},
     "all of them": {"ignored": True, "mask": True, "weight": True},
-    "too large for m = 0": {"offset": 200.0},
+    "far from 0": {"offset": 200.0},
     "all but the last": {"layout": lambda z: z.view(8, -1, 32000)[:, :-1]},
     "all but the last, ignored": {
         "layout": lambda z: z.view(8, -1, 32000)[:, :-1], "ignored": True,
@@ -35,7 +35,7 @@ CASES = {
 @pytest.mark.parametrize("from_logits, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 @pytest.mark.parametrize("case", CASES)
 def test_no_mode_takes_a_second_tensor_of_the_size_of_the_predictions(case, from_logits, dtype):
-    """The gradient is one such tensor; for the rest there is a block of 1 MiB, and rows.
+    """The gradient is one such tensor; for the rest there are blocks of 1 MiB, and rows.
 
     The least that a second one could take are the 16 MiB of bfloat16.
     """
@@ -54,8 +54,9 @@ def test_no_mode_takes_a_second_tensor_of_the_size_of_the_predictions(case, from
     loss = SparseCategoricalCrossentropy(from_logits=from_logits, ignore_class=-1, axis=axis)
     leaf = z.detach().requires_grad_()
     size = z.numel() * z.element_size()
-    # A block in the predictions' dtype and in float32, once more if malloc does not reuse them.
-    block = 5 * 2**20
+    # A block in the predictions' dtype and two in float32, and once more if malloc does not reuse
+    # them: half of what a second tensor would take.
+    block = 8 * 2**20
     forward = peak_memory(lambda: loss(y, z, **given), "cpu", FORWARD)
     both = peak_memory(lambda: torch.autograd.grad(loss(y, leaf, **given), leaf), "cpu")
     assert forward is not None and forward < 0.02 * size + block

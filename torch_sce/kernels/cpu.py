@@ -6,6 +6,10 @@ each row, so no row depends on another, and logits may be far from 0 and far apa
 for the backward pass, which computes the softmax again. Rows of probabilities are summarised by
 their sum s and the label's probability p.
 
+Those functions add up each row in a few partial sums, one term after the other: for 32,000 classes
+of which one stands out that is off by 130 units in the last place. So the sum of a long row's
+softmax, which `sum` adds up pairwise, corrects it.
+
 Rows that do not count are not read, and only their zeros are written, where rows are long. Labels
 are read to decide on that, which no other device may do.
 
@@ -27,13 +31,15 @@ SMALL = 2**17  # predictions, for which it is PyTorch's overhead that matters
 BLOCK = 2**18  # predictions at a time, if there are many: 1 MiB of float32
 VECTOR = 16  # classes; with fewer, PyTorch's softmax along them is slow
 LONG = 256  # classes from which on it pays to copy rows, to leave some out or to sum along memory
+MANY = 2**10  # classes, beyond which PyTorch's own loss loses digits
 
 Rows = list[tuple]  # the rows of each block, as an index into y
 
 
 def is_small(z: Tensor) -> bool:
     """Whether `small_losses` takes less time than `forward` and `backward`."""
-    return z.numel() <= (SMALL if z.shape[-1] >= VECTOR else SMALL // VECTOR)
+    classes = z.shape[-1]
+    return classes <= MANY and z.numel() <= (SMALL if classes >= VECTOR else SMALL // VECTOR)
 
 
 def small_losses(z: Tensor, y: Tensor, all_classes: bool) -> Tensor:
@@ -122,9 +128,14 @@ def _losses_of_logits(z: Tensor, label: Tensor, rows: Rows, picked: bool) -> Ten
     """The loss of every row; 0 of one that is not read."""
     loss = z.new_zeros(z.shape[:-1], dtype=aten.row_dtype(z))
     for at, block, out in _walk(z, rows, picked):
-        _log_softmax(block, out)
-        loss[at] = aten.at_label(out, label[at])
-    return torch.sub(0, loss, out=loss)  # never -0.0
+        if block.shape[-1] < LONG:
+            loss[at] = 0 - aten.at_label(_log_softmax(block, out), label[at])  # never -0.0
+            continue
+        torch.softmax(block, -1, out=out)
+        # Its largest entry is 1 / s; what its entries add up to corrects that s.
+        s = (_sums_of(out) / out.amax(-1)).clamp_min_(1)
+        loss[at] = s.log_() + (block.amax(-1) - aten.at_label(block, label[at]))
+    return loss
 
 
 def _losses_of_probabilities(s: Tensor, p: Tensor, clip: tuple[float, float]) -> Tensor:
@@ -142,11 +153,18 @@ def _sums(z: Tensor, clip: tuple[float, float], rows: Rows, picked: bool) -> Ten
     """
     s = z.new_ones(z.shape[:-1], dtype=aten.row_dtype(z))
     for at, block, out in _walk(z, rows, picked):
-        torch.clamp(block, *clip, out=out)
-        # The sum of a single row is divided among the threads, and its bits depend on how many.
-        single = out.numel() == out.shape[-1]
-        s[at] = out.expand(2, *out.shape[1:]).sum(-1)[:1] if single else out.sum(-1)
+        s[at] = _sums_of(torch.clamp(block, *clip, out=out))
     return s
+
+
+def _sums_of(block: Tensor) -> Tensor:
+    """The sum of every row.
+
+    PyTorch divides that of a single row among the threads, and its bits depend on how many.
+    """
+    if block.numel() != block.shape[-1]:
+        return block.sum(-1)
+    return block.expand(2, *block.shape[1:]).sum(-1)[:1]
 
 
 def _write_gradients(
@@ -159,17 +177,18 @@ def _write_gradients(
     ignored: Tensor | None,
 ) -> None:
     """Writes g (softmax - [j == y]) for every row of logits that is read."""
-    minus_one = g.new_tensor(-1)
     for at, block, out in _walk(z, rows, picked):
-        _softmax(block, out)
-        index = label[at].unsqueeze(-1)
-        out.scatter_add_(-1, index, minus_one.expand(index.shape))
+        total = _softmax(block, out)
+        out.scatter_add_(-1, label[at].unsqueeze(-1), -total)
         if ignored is not None and not picked:
-            out.masked_fill_(ignored[at].unsqueeze(-1), 0)
+            unread = ignored[at].unsqueeze(-1)
+            out.masked_fill_(unread, 0)
+            total.masked_fill_(unread, 1)
+        factor = g[at].unsqueeze(-1) / total
         if picked:
-            dz[at] = out.mul_(g[at].unsqueeze(-1)).to(dz.dtype)
+            dz[at] = out.mul_(factor).to(dz.dtype)
         else:
-            torch.mul(out, g[at].unsqueeze(-1), out=dz[at])
+            torch.mul(out, factor, out=dz[at])
 
 
 def _write_slopes(
@@ -276,18 +295,21 @@ def _log_softmax(block: Tensor, out: Tensor) -> Tensor:
     """log_softmax of every row, in the order that both have in memory."""
     order = memory_order(out)
     axis = order.index(out.ndim - 1)
-    return torch.log_softmax(block.permute(order), axis, out=out.permute(order))
+    torch.log_softmax(block.permute(order), axis, out=out.permute(order))
+    return out
 
 
 def _softmax(block: Tensor, out: Tensor) -> Tensor:
-    """softmax of every row.
+    """Writes the softmax of every row, and returns what it adds up to, (..., 1): about 1.
 
     Along another axis than memory's last, the bits of PyTorch's depend on the number of threads.
     """
     if out.is_contiguous():
-        return torch.softmax(block, -1, out=out)
-    _log_softmax(block, out)
-    return out.exp_()
+        torch.softmax(block, -1, out=out)
+    else:
+        _log_softmax(block, out)
+        out.exp_()
+    return _sums_of(out).unsqueeze(-1)
 
 
 def _block(z: Tensor) -> int:

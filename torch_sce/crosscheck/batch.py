@@ -26,8 +26,9 @@ from ..options import check_dtype
 from ..reduction import REDUCTIONS
 from . import report
 from .answers import TARGET, Answer, LiveOracle, our_versions, ours
+from .blocks import judge_in_blocks, measured, refusal
 from .cases import LOSSES, Batch, Case
-from .compare import MISMATCH, Verdict, judge, reference
+from .compare import MISMATCH, Verdict
 from .rules import Step, steps
 
 NEEDED, OPTIONAL = ("y_true", "y_pred"), ("sample_weight", "mask")
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
         case = _case(options, read(options.file))
     except Unreadable as error:
         line.error(str(error))
-    mine, (_, refused) = ours(case), reference(case)
+    mine, refused = ours(case), refusal(case)
     if refused in MISFITS:
         line.error(f"{options.file}: {mine.message}")
     if not case.y_true.size:
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     batch = case.batch
     given = (batch.y_true, batch.y_pred, batch.sample_weight, batch.mask)
     found = Found(
-        options.file, judge(case, keras, mine), keras, mine, _steps(case, mine),
+        options.file, judge_in_blocks(case, keras, mine), keras, mine, _steps(case, mine, keras),
         explain(SparseCategoricalCrossentropy(**case.options), *given), versions,
     )  # fmt: skip
     show(console, found)
@@ -122,10 +123,10 @@ def main(arguments: Sequence[str], console: Console) -> int:
     return 1 if found.verdict.outcome == MISMATCH else 0
 
 
-def _steps(case: Case, mine: Answer) -> list[Step]:
+def _steps(case: Case, mine: Answer, keras: Answer) -> list[Step]:
     """The way from F.cross_entropy to the loss, or its first step where the loss raises."""
     try:
-        return steps(case)[: 1 if mine.error else None]
+        return steps(case, keras.gradient)[: 1 if mine.error else None]
     except ValueError:  # weights that do not fit
         return []
 
@@ -203,24 +204,30 @@ def show(console: Console, found: Found) -> None:
 
 def _sides(found: Found) -> list[list[str]]:
     """Value and gradient from each side, and how far they are from tf.keras's."""
-    keras = found.keras
+    sides = [("tf.keras", _side(found.keras, found.keras)),
+             ("torch_sce", _side(found.ours, found.keras))]  # fmt: skip
+    sides += [("F.cross_entropy", step) for step in found.steps[:1]]
     rows = [["", "value", "off by", "gradient", "gradient off by", ""]]
-    for who, answer in (("tf.keras", keras), ("torch_sce", found.ours)):
-        if answer.error:
-            rows.append([who, "raises", "", "", "", f"{answer.error}: {answer.message}"])
-        else:
-            assert answer.value is not None
-            rows.append([who, *_numbers(float(answer.value), answer.gradient, keras), ""])
-    for step in found.steps[:1]:
-        rows.append(["F.cross_entropy", *_numbers(step.value, step.gradient, keras),
-                     step.error or step.why])  # fmt: skip
+    for who, side in sides:
+        value, *gradient = _numbers(side.value, side.length, side.distance)
+        off = ""
+        if side.value is not None and side.distance is not None and found.keras.value is not None:
+            off = f"{side.value - float(found.keras.value):.2g}"
+        rows.append([who, value, off, *gradient, side.error or side.why])
     return rows
+
+
+def _side(answer: Answer, keras: Answer) -> Step:
+    if answer.error or answer.value is None or answer.gradient is None:
+        return Step("", "", error=f"{answer.error}: {answer.message}")
+    gaps = measured(answer.gradient, keras.gradient)
+    return Step("", "", float(answer.value), gaps.length, gaps.distance)
 
 
 def _ladder(found: Found) -> list[list[str]]:
     rows = [["rule", "value", "change", "gradient off by", "why"]]
     for step, change in zip(found.steps, changes(found.steps), strict=True):
-        value, _, _, off = _numbers(step.value, step.gradient, found.keras)
+        value, _, off = _numbers(step.value, step.length, step.distance)
         rows.append([step.rule, value, "" if change is None else f"{change:+.6g}", off,
                      step.error or step.why])  # fmt: skip
     return rows if len(found.steps) > 1 else rows[:1]
@@ -235,22 +242,13 @@ def changes(found: list[Step]) -> list[float | None]:
 NUMBERS = ("value", "off by", "gradient", "gradient off by", "change")
 
 
-def _numbers(value: float | None, gradient: np.ndarray | None, keras: Answer) -> list[str]:
-    """The value, its distance from tf.keras's, the gradient's length, and its relative distance."""
+def _numbers(value: float | None, length: float | None, off: float | None) -> list[str]:
+    """The value, its gradient's length, and its distance from tf.keras's."""
     if value is None:
-        return ["raises", "", "", ""]
-    if gradient is None or keras.value is None or keras.gradient is None:
-        return [f"{value:.9g}", "", "", ""]
-    length = float(np.linalg.norm(gradient))
-    return [f"{value:.9g}", f"{value - float(keras.value):.2g}", f"{length:.4g}",
-            f"{distance(gradient, keras.gradient):.2g}"]  # fmt: skip
-
-
-def distance(gradient: np.ndarray, other: np.ndarray) -> float:
-    """The length of the difference in units of the other's length."""
-    length = float(np.linalg.norm(other.astype(np.float64)))
-    gap = float(np.linalg.norm(gradient.astype(np.float64) - other))
-    return gap / length if length else gap
+        return ["raises", "", ""]
+    if length is None or off is None:
+        return [f"{value:.9g}", "", ""]
+    return [f"{value:.9g}", f"{length:.4g}", f"{off:.2g}"]
 
 
 def _sentences(found: Found) -> list[str]:
@@ -365,7 +363,7 @@ def _plot(found: Found) -> str:
     left.set(xlabel="value [nats]", title="What each rule changes")
     left.margins(x=0.15)
     left.invert_yaxis()
-    gaps = [distance(s.gradient, found.keras.gradient) for s in seen if s.gradient is not None]
+    gaps = [step.distance for step in seen]
     right.barh(names, gaps, color="#8c959f")
     right.set(xlabel="distance / length of tf.keras's gradient", title="The gradient's distance")
     picture = report.image(figure, "the value after each rule, and the gradient's distance")

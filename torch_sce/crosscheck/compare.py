@@ -30,7 +30,18 @@ def judge(case: Case, keras: Answer | None, ours: Answer, poisons: bool = False)
     `keras`: None if nobody was asked, and ours is compared with the float64 answer alone.
     `poisons`: bad labels give NaN instead of an error, as they do on devices.
     """
-    right, refused = reference(case, poisons)
+    return judge_against(*reference(case, poisons), case, keras, ours, poisons)
+
+
+def judge_against(
+    right: Expected | None,
+    refused: str,
+    case: Case,
+    keras: Answer,
+    ours: Answer,
+    poisons: bool = False,
+) -> Verdict:
+    """As `judge`, with what `reference` returns."""
     wrong = differs_from_reference(ours, right, case)
     if wrong is not None:
         return Verdict(case, MISMATCH, f"float64 and ours: {wrong}")

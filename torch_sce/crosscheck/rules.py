@@ -20,19 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import CLIP, class_numbers, labels_for, not_ignored
+from ..functional import CLIP, class_numbers, labels_for, not_ignored, to_tensor
 from ..reduction import aligned, combine_masks, fraction
+from .blocks import Gaps, blocks_of, measured
 from .cases import Case
+
+ELEMENTS = 2**22  # computed at a time: in less, PyTorch's threads wait for one another
 
 
 @dataclass(frozen=True)
 class Step:
-    """The value and its gradient with some of the rules, or the error PyTorch raises."""
+    """The value with some of the rules, or the error PyTorch raises."""
 
     rule: str  # the one that is added
     why: str
     value: float | None = None
-    gradient: np.ndarray | None = None
+    length: float | None = None  # of the gradient
+    distance: float | None = None  # and how far from another, see `Gaps`
     error: str = ""
 
 
@@ -41,7 +45,7 @@ class Inputs:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.x = torch.tensor(case.y_pred).to(getattr(torch, case.y_pred_dtype))
+        self.x = to_tensor("y_pred", case.y_pred).to(getattr(torch, case.y_pred_dtype))
         self.dtype = getattr(torch, case.loss_dtype)
         self.axis = case.options["axis"] % self.x.ndim
         self.classes = self.x.shape[self.axis]
@@ -116,49 +120,73 @@ class Inputs:
         _, count = fraction(zeros, self.weight, mask, self.case.options["reduction"])
         return 1.0 if count is None else float(count)
 
-    def value(self, x: Tensor, rules: set[str]) -> Tensor:
-        """The loss of `x` by these rules; the others are PyTorch's."""
-        rows = x.movedim(self.axis, -1)
-        if "precision" in rules:
-            rows = rows.to(self.dtype)
+    def value(self, rules: set[str], gaps: Gaps) -> float:
+        """The loss by these rules, the others are PyTorch's; its gradient goes to `gaps`."""
         left_out = self.left_out(rules)
         y = torch.where(left_out, -100, self.y).reshape(-1)
-        rows = rows.reshape(-1, self.classes)
+        losses = torch.zeros(self.labels.shape, dtype=torch.float64, requires_grad=True)
+        (slopes,) = torch.autograd.grad(self.reduced(losses, rules, left_out), losses)
+        found = []
+        for rows in blocks_of(self.x.shape, self.axis, ELEMENTS):
+            where = torch.as_tensor(rows.numbers)
+            x = torch.as_tensor(rows.of(self.case.y_pred)).to(self.x.dtype).requires_grad_()
+            found.append(self.row_losses(x, y[where], rules))
+            (gradient,) = torch.autograd.grad(found[-1], x, slopes.reshape(-1)[where])
+            gaps.add(_array(gradient), rows)
+        losses = torch.cat(found).detach().reshape(self.labels.shape)
+        return self.reduced(losses, rules, left_out).item()
+
+    def row_losses(self, rows: Tensor, y: Tensor, rules: set[str]) -> Tensor:
+        """(n,), in float64, of rows (n, C)."""
+        if "precision" in rules:
+            rows = rows.to(self.dtype)
         if "probabilities" in rules:
             c = rows.clamp(*CLIP[self.dtype])
-            losses = F.nll_loss(c.log() - c.sum(-1, keepdim=True).log(), y, reduction="none")
-        else:
-            losses = F.cross_entropy(rows, y, reduction="none")
+            log = c.log() - c.sum(-1, keepdim=True).log()
+            return F.nll_loss(log, y, reduction="none").double()
+        return F.cross_entropy(rows, y, reduction="none").double()
+
+    def reduced(self, losses: Tensor, rules: set[str], left_out: Tensor) -> Tensor:
         weight = self.weight if "sample_weight" in rules else None
         mask = self.mask if "mask" in rules else None
-        losses = losses.double().reshape(self.labels.shape)
         total = fraction(losses, weight, mask, self.case.options["reduction"])[0].sum()
         count = self.divisor if "denominator" in rules else float((~left_out).sum())
         return total / count if count else total
 
 
-def steps(case: Case) -> list[Step]:
-    """The usual line first, then one step for each rule that matters."""
+def steps(case: Case, other: np.ndarray | None = None) -> list[Step]:
+    """The usual line first, then one step for each rule that matters.
+
+    `other` is the gradient that theirs are compared with.
+    """
     inputs = Inputs(case)
     rules = list(inputs.rules())
-    x = inputs.x.clone().requires_grad_()
     found: list[Step] = []
     with torch.enable_grad():
         try:
-            value, code = inputs.usual(x)
-            found.append(_step("as usually written", code, value, x))
+            found.append(_usual(inputs, other))
         except (IndexError, RuntimeError, ValueError) as error:
             text = str(error).splitlines()[0]
             found.append(Step("as usually written", "", error=f"{type(error).__name__}: {text}"))
         for index, (rule, why) in enumerate(rules):
             kept = {name for name, _ in rules[: index + 1]}
+            gaps = Gaps(other)
             try:
-                found.append(_step(rule, why, inputs.value(x, kept), x))
+                value = inputs.value(kept, gaps)
+                found.append(Step(rule, why, value, gaps.length, gaps.distance))
             except IndexError as error:
                 found.append(Step(rule, why, error=f"IndexError: {error}"))
     return found
 
 
-def _step(rule: str, why: str, value: Tensor, x: Tensor) -> Step:
+def _usual(inputs: Inputs, other: np.ndarray | None) -> Step:
+    x = inputs.x.detach().requires_grad_()
+    value, code = inputs.usual(x)
     (gradient,) = torch.autograd.grad(value, x)
-    return Step(rule, why, value.item(), gradient.double().numpy())
+    gaps = measured(_array(gradient), other)
+    return Step("as usually written", code, value.item(), gaps.length, gaps.distance)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """As an array; NumPy has no bfloat16."""
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()

@@ -37,7 +37,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torch_sce
-from torch_sce.crosscheck.command import check_device
 
 try:
     from matplotlib.figure import Figure
@@ -45,10 +44,12 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from torch_sce.crosscheck.command import check_device
 except ModuleNotFoundError as missing:
     if missing.name not in ("matplotlib", "rich"):
         raise
-    print("The benchmark needs rich and matplotlib: pip install '.[report]'", file=sys.stderr)
+    print("The benchmark needs rich and matplotlib: pip install rich matplotlib", file=sys.stderr)
     sys.exit(2)
 
 SEED = 0

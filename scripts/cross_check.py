@@ -7,7 +7,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "rich":
         raise
-    print("The cross-check needs rich: pip install '.[report]'", file=sys.stderr)
+    print("The cross-check needs rich: pip install rich", file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":

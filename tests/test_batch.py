@@ -1,15 +1,19 @@
 """`cross_check.py batch`: a batch of one's own, and the rule that accounts for a difference."""
 
 import re
+import tracemalloc
+import zipfile
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from torch_sce.crosscheck import batch, command
+from torch_sce.crosscheck import batch, blocks, command, report, rules
 from torch_sce.crosscheck.answers import OracleError, ours
+from torch_sce.crosscheck.blocks import expected_in_blocks, judge_in_blocks, refusal
 from torch_sce.crosscheck.cases import LOSSES
-from torch_sce.crosscheck.compare import reference
+from torch_sce.crosscheck.compare import judge, reference
 from torch_sce.crosscheck.draw import draw
 from torch_sce.crosscheck.rules import steps
 
@@ -149,6 +153,115 @@ def test_with_all_rules_f_cross_entropy_is_our_loss():
     assert compared > 200
 
 
+def cases_of_batch(count):
+    """Cases that a file could hold: integer labels and a reduced loss; also those that raise."""
+    for index in range(count):
+        case = draw(22, index)
+        reduced = case.options.get("reduction") not in ("none", None, "average")
+        if case.name == LOSSES[0] and case.form == "class" and not case.as_lists and reduced:
+            yield case
+
+
+def test_the_rules_say_the_same_of_blocks_of_rows_as_of_the_whole(monkeypatch):
+    monkeypatch.setattr(blocks, "ELEMENTS", 20)
+    compared = refused = 0
+    for case in cases_of_batch(700):
+        right, rule = reference(case)
+        if rule == "reduction":
+            continue
+        assert refusal(case) == rule
+        refused += right is None
+        if right is None or not case.y_true.size:
+            continue
+        *parts, (none, value) = expected_in_blocks(case)
+        assert none is None and value.gradient is None
+        for name in ("value", "value_scale", "value_size"):
+            np.testing.assert_array_equal(getattr(value, name), getattr(right, name))
+        for rows, part in parts:
+            assert rows is not None
+            for name in ("gradient", "gradient_scale", "gradient_size"):
+                whole = rows.of(getattr(right, name))
+                np.testing.assert_array_equal(getattr(part, name), whole)
+        compared += len(parts) > 1
+    assert compared > 50 and refused > 10
+
+
+def test_a_case_is_judged_the_same_in_blocks(monkeypatch):
+    """Our own answer in tf.keras's place, as it is and with one thing wrong in it."""
+    seen = Counter()
+    for case in cases_of_batch(700):
+        mine = ours(case)
+        others = [mine]
+        if mine.value is not None and mine.gradient is not None and mine.gradient.size:
+            there = np.arange(mine.gradient.size) == mine.gradient.size // 2
+            wrong = np.where(there.reshape(mine.gradient.shape), 1e30, mine.gradient)
+            others += [replace(mine, value=mine.value + 1e9), replace(mine, gradient=wrong)]
+        for keras, our in [(each, mine) for each in others] + [(mine, each) for each in others]:
+            whole = judge(case, keras, our)
+            monkeypatch.setattr(blocks, "ELEMENTS", 20)
+            found = judge_in_blocks(case, keras, our)
+            monkeypatch.undo()
+            assert found.outcome == whole.outcome, (case.index, found.reason, whole.reason)
+            seen[found.outcome] += 1
+    assert seen["agrees"] > 100 and seen["mismatch"] > 100
+
+
+def test_the_rules_of_the_ladder_say_the_same_in_blocks(monkeypatch):
+    names = ("y_true", "y_pred", "sample_weight", "mask")
+    for arrays, arguments, _, _ in DISCREPANCIES.values():
+        named = {k: v for k, v in zip(names, arrays, strict=False) if v is not None}
+        case = batch._case(batch.parser().parse_args(["file", *arguments]), named)
+        whole = steps(case, ours(case).gradient)
+        with monkeypatch.context() as patched:
+            patched.setattr(rules, "ELEMENTS", 20)
+            patched.setattr(blocks, "ELEMENTS", 20)
+            parts = steps(case, ours(case).gradient)
+        for a, b in zip(whole, parts, strict=True):
+            # Squares are added up in another order.
+            assert (a.rule, a.error, a.value) == (b.rule, b.error, b.value)
+            for one, other in ((a.length, b.length), (a.distance, b.distance)):
+                assert one is other is None or one == pytest.approx(other, rel=1e-12)
+
+
+def test_one_row_of_very_many_classes_needs_no_matrix_of_them():
+    z = np.zeros((2, 200_000), np.float32)
+    case = batch._case(
+        batch.parser().parse_args(["file", "--from-logits"]),
+        {"y_true": np.array([5, 199_999]), "y_pred": z},
+    )
+    mine = ours(case)
+    tracemalloc.start()
+    assert judge_in_blocks(case, mine, mine).outcome == "agrees"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A row in float64 is 1.6 MB, a matrix of the classes 320 GB.
+    assert peak < 100e6
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("-1", -1), ("255.0", 255), ("1.5", 1.5), ("9007199254740993", 2**53 + 1), ("1e30", 1e30),
+    ("18446744073709551616", 2.0**64), ("-inf", -np.inf),
+])  # fmt: skip
+def test_a_label_to_ignore_is_an_integer_where_int64_has_it(text, value):
+    found = batch._number(text)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_label_to_ignore_may_be_larger_than_any_integer(run):
+    code, out = run((Y, Z), "--from-logits", "--ignore-class", "1e30")
+    assert code == 0 and "Agrees in value and gradient." in out
+
+
+def test_a_report_without_matplotlib_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    html = str(tmp_path / "report.html")
+    for arguments in (["batch", "file.npz", "--html", html], ["--html", html]):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(arguments)
+        assert stopped.value.code == 2
+        assert "matplotlib, which is missing: pip install matplotlib" in capsys.readouterr().err
+
+
 def test_both_raise_for_a_bad_label_and_the_finding_says_what_to_do(run):
     code, out = run((IGNORED, Z), "--from-logits")
     assert code == 0 and "Agrees: both raise." in out
@@ -188,10 +301,11 @@ def test_the_report_is_one_file_with_tables_and_pictures(run, tmp_path):
 
 @pytest.mark.parametrize(("arrays", "arguments", "message"), [
     ({"labels": Y, "y_pred": Z}, [], "the array y_true is missing; it has labels, y_pred"),
-    ({"y_true": Y}, [], "the array y_pred is missing; it has y_true"),
+    ({"y_true": Y}, [], r"the array y_pred is missing; it has y_true\. Write the file with"),
     ({"y_true": Y, "y_pred": Z, "weights": WEIGHT}, [], "weights is none of the arrays y_true, "),
     ({"y_true": Y[:5], "y_pred": Z}, [], r"y_true must have the shape of y_pred .* got \(5, 8\)"),
-    ({"y_true": Y, "y_pred": Y}, [], "floating-point numbers of at most 64 bits, got int64"),
+    ({"y_true": Y, "y_pred": Y}, [], "of at most 64 bits, got int64; are y_true and y_pred exch"),
+    ({"y_true": Y.astype(object), "y_pred": Z}, [], "arrays of numbers, got Python objects"),
     ({"y_true": Y.astype(str), "y_pred": Z}, [], "y_true must hold numbers .*, got <U"),
     ({"y_true": Y[:0], "y_pred": Z[:0]}, [], r"shape \(0, 8, 5\): no samples"),
     ({"y_true": Y, "y_pred": Z.astype(np.longdouble)}, [], "of at most 64 bits, got float128"),
@@ -210,13 +324,22 @@ def test_wrong_usage_is_exit_code_2(arrays, arguments, message, run, capsys):
     assert stopped.value.code == 2 and re.search(message, error), error
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "there is no such file"), (b"no archive", "must be a file that np.savez wrote"),
+def other_content(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("y_true.npy", "y_pred.npy"):
+            archive.writestr(name, "text")
+
+
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda path: None, "there is no such file"),
+    (lambda path: path.mkdir(), "is a folder; name a file"),
+    (lambda path: path.write_bytes(b"no archive"), "must be a file that np.savez wrote"),
+    (lambda path: path.touch(), "must be a file that np.savez wrote"),
+    (other_content, "y_true must be an array that np.savez wrote"),
 ])  # fmt: skip
-def test_a_file_that_is_none_is_exit_code_2(content, message, tmp_path, capsys):
+def test_a_file_that_is_none_is_exit_code_2(write, message, tmp_path, capsys):
     path = tmp_path / "batch.npz"
-    if content is not None:
-        path.write_bytes(content)
+    write(path)
     with pytest.raises(SystemExit) as stopped:
         command.main(["batch", str(path)])
     assert stopped.value.code == 2 and message in capsys.readouterr().err

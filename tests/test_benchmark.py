@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -226,3 +227,30 @@ def test_memory_above_its_limit_is_marked_where_there_are_many_classes():
     assert benchmark._memory(many, OURS, "forward") == "0.01"
     assert benchmark._memory(few, OURS, "both") == "1.20"
     assert benchmark._memory(few, CROSS_ENTROPY, "both") == "-"
+
+
+WITHOUT = """
+import runpy, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == {missing!r}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+
+sys.meta_path.insert(0, Missing())
+sys.argv = ["script", "--help"]
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("script", "missing", "message"), [
+    ("benchmark", "rich", "The benchmark needs rich and matplotlib: pip install rich matplotlib"),
+    ("benchmark", "matplotlib", "The benchmark needs rich and matplotlib: pip install rich"),
+    ("cross_check", "rich", "The cross-check needs rich: pip install rich"),
+])  # fmt: skip
+def test_a_script_says_what_it_needs(script, missing, message):
+    path = Path(benchmark.__file__).with_name(f"{script}.py")
+    code = WITHOUT.format(missing=missing, path=str(path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=path.parents[1], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith(message), done.stderr

@@ -6,11 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import torch_sce
 from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy, explain
 from torch_sce.crosscheck.answers import _tensor, _tensors
 from torch_sce.crosscheck.draw import draw
+from torch_sce.reduction import REDUCTIONS
 
 rng = np.random.default_rng(0)
 LOGITS = torch.tensor(rng.standard_normal((64, 10)), dtype=torch.float32)
@@ -70,6 +74,181 @@ def test_the_parts_add_up_to_the_loss_s_own_value():
         assert (close | same | overflowed).all(), case.index
         compared += 1
     assert compared > 300 and raised > 30
+
+
+NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 0.5, -0.5, 3.0, 1e-30, 1e30, np.inf, -np.inf, np.nan])
+
+
+@st.composite
+def calls(draw):
+    """A loss with any options and arguments for it; weights and masks may sum to 0."""
+    shape = draw(st.sampled_from([(), (1,), (4,), (2, 3)]))
+    classes = draw(st.integers(1, 4))
+    options = {
+        "from_logits": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(("mean_with_sample_weight", *REDUCTIONS))),
+        "dtype": draw(st.sampled_from(["float16", "bfloat16", "float32", "float64"])),
+    }
+    options["axis"] = axis = draw(st.integers(-len(shape) - 1, len(shape)))
+    generator = np.random.default_rng(draw(st.integers(0, 99)))
+    y_pred = np.moveaxis(generator.random((*shape, classes)), -1, axis)
+    if draw(st.booleans()):
+        loss = SparseCategoricalCrossentropy(
+            ignore_class=draw(st.sampled_from([None, 0, -1])), **options
+        )
+        y_true = generator.integers(0, classes, shape)
+    else:
+        smoothing = draw(st.sampled_from([0.0, 0.1]))
+        loss = CategoricalCrossentropy(label_smoothing=smoothing, **options)
+        y_true = np.moveaxis(generator.random((*shape, classes)), -1, axis)
+    weight, mask = (
+        draw(
+            st.one_of(
+                st.none(),
+                NUMBERS,
+                *(
+                    arrays(np.float32, shape, elements=each)
+                    for each in (NUMBERS, st.sampled_from([-1.0, 1.0]))
+                ),
+            )
+        )
+        for _ in range(2)
+    )
+    return loss, y_true, y_pred, weight, mask
+
+
+@settings(max_examples=300, deadline=None)
+@given(calls())
+def test_contributions_add_up_whatever_the_weights_are(call):
+    loss, *arguments = call
+    value = loss(*arguments).double().numpy()
+    found = explain(loss, *arguments)
+    parts = found.samples["contribution"]
+    if loss.reduction in ("none", None):
+        total, sizes = parts, np.abs(parts)
+    else:
+        with np.errstate(invalid="ignore"):
+            total, sizes = parts.sum(), parts.size * np.abs(parts).sum()
+    info, rows = (
+        torch.finfo(loss.dtype),
+        torch.finfo(torch.promote_types(loss.dtype, torch.float32)),
+    )
+    # The sum is rounded n times in the rows' dtype, the value once to the loss's.
+    with np.errstate(invalid="ignore"):
+        bound = rows.eps * sizes + info.eps * np.abs(value) + info.tiny
+        close = np.abs(total - value) <= bound
+        overflowed = np.isinf(value) & (sizes > info.max)
+    same = (total == value) | (np.isnan(total) & np.isnan(value))
+    assert (close | same | overflowed).all(), (total, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype):
+    z = torch.arange(2000.0, 0, -1)[None]
+    label = torch.tensor([701])
+    targets = torch.nn.functional.one_hot(label, 2000)
+    losses = {logits_loss(): label, CategoricalCrossentropy(from_logits=True): targets}
+    usual = [str(explain(loss, y, z, [0.7], [0.3])) for loss, y in losses.items()]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [explain(loss, y, z, [0.7], [0.3]) for loss, y in losses.items()]
+    finally:
+        torch.set_default_dtype(before)
+    assert [each.samples["rank"].item() for each in found] == [702, 702]
+    assert list(map(str, found)) == usual
+
+
+@pytest.mark.parametrize("arguments", [([2.0, -2.0], None), (None, [0.5, -0.5])])
+def test_weights_that_sum_to_0_are_named(arguments):
+    found = explain(
+        logits_loss(reduction="mean_with_sample_weight"), [0, 1], LOGITS[:2], *arguments
+    )
+    assert found.value == 0 and (found.samples["contribution"] == 0).all()
+    text = " ".join(str(found).split())
+    assert wrong(found)[0] in ("a denominator of 0", "a mask that is none")
+    assert arguments[0] is None or "the sum of the weights is 0, and a division by 0" in text
+
+
+class Focal(SparseCategoricalCrossentropy):
+    """A subclass with an option of its own, and without some of its parent's."""
+
+    def __init__(self, gamma, **options):
+        super().__init__(from_logits=False, **options)
+        self.gamma = gamma
+
+    def __repr__(self):
+        return f"Focal({self.gamma})"
+
+
+class Doubled(CategoricalCrossentropy):
+    def __init__(self):
+        super().__init__(from_logits=True)
+
+    def forward(self, y_true, y_pred, sample_weight=None, mask=None):
+        return 2 * super().forward(y_true, y_pred, sample_weight, mask)
+
+
+def test_a_subclass_with_its_own_arguments_is_explained():
+    found = explain(Focal(2.0, ignore_class=0), LABELS, LOGITS)
+    plain = explain(SparseCategoricalCrossentropy(ignore_class=0), LABELS, LOGITS)
+    assert str(found).startswith("Focal(2.0) gives ")
+    assert str(found).split("gives")[1] == str(plain).split("gives")[1]
+    assert wrong(found) == ["logits passed as probabilities"]
+
+
+def test_a_forward_of_its_own_is_told():
+    found = explain(Doubled(), ONE_HOT, LOGITS)
+    assert "Doubled overrides forward: its value may be another" in " ".join(str(found).split())
+    assert found.value == explain(CategoricalCrossentropy(from_logits=True), ONE_HOT, LOGITS).value
+
+
+def test_it_works_in_and_with_what_comes_out_of_inference_mode():
+    with torch.inference_mode():
+        z = LOGITS.clone()
+        inside = explain(SparseCategoricalCrossentropy(), LABELS.clone(), z)
+    outside = explain(SparseCategoricalCrossentropy(), LABELS, z)
+    assert (
+        str(inside) == str(outside) == str(explain(SparseCategoricalCrossentropy(), LABELS, LOGITS))
+    )
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor without values of its own, as a DTensor is."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("must not be asked")
+
+    def full_tensor(self):
+        raise AssertionError("must not be called: all ranks would have to")
+
+
+@pytest.mark.parametrize(("y_pred", "message"), [
+    (torch.zeros(64, 10, device="meta"), r"y_pred must be .* can be read, got a meta tensor"),
+    (LOGITS.as_subclass(Elsewhere), r"got a Elsewhere: pass y_pred\.full_tensor\(\), on "),
+])  # fmt: skip
+def test_tensors_without_values_are_refused(y_pred, message):
+    with pytest.raises(TypeError, match=message):
+        explain(logits_loss(), LABELS, y_pred)
+
+
+def test_under_a_transform_it_says_so():
+    def explained(y, z):
+        explain(logits_loss(), y, z)
+        return z
+
+    with pytest.raises(RuntimeError, match=r"a transform of torch\.func .* call it outside"):
+        torch.func.vmap(explained)(LABELS, LOGITS)
+
+
+@pytest.mark.parametrize(("loss", "got"), [
+    (SparseCategoricalCrossentropy, "the class itself: make one"),
+    (SparseCategoricalCrossentropy().as_criterion(), r"pass its \.loss"),
+])  # fmt: skip
+def test_what_is_no_loss_is_named(loss, got):
+    with pytest.raises(TypeError, match=f"loss must be a torch_sce.* got .*{got}"):
+        explain(loss, LABELS, LOGITS)
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
@@ -472,7 +651,7 @@ def test_where_the_loss_raises_it_says_why():
     with pytest.raises(ValueError, match="there is nothing to plot: ValueError: y_true must hold"):
         found.plot()
     with pytest.raises(
-        TypeError, match=r"loss must be a torch_sce\.Sparse.*, got CrossEntropyLoss"
+        TypeError, match=r"loss must be a torch_sce\.Sparse.*, got torch\.nn\..*\.CrossEntropyLoss"
     ):
         explain(torch.nn.CrossEntropyLoss(), LABELS, LOGITS)  # pyright: ignore[reportArgumentType]
 

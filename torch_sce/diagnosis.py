@@ -285,7 +285,7 @@ def _probabilities_as_logits(batch: Batch) -> Iterator[Finding]:
 
 def _not_normalised(batch: Batch) -> Iterator[Finding]:
     rows = _finite(batch)
-    if batch.loss.from_logits or not rows.numel() or rows.min() < -OFF:
+    if batch.loss.from_logits or not rows.numel() or rows.min() < -OFF or batch.classes == 1:
         return
     sums = rows.sum(1)
     if (sums - 1).abs().max() <= OFF:

@@ -28,6 +28,7 @@ from .functional import (
     sparse_categorical_crossentropy,
     to_tensor,
 )
+from .kernels import is_traced
 from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from .reduction import MEANS, fraction, reduce
 
@@ -113,7 +114,10 @@ class Explanation:
         if not self.samples or not self._counted().any():
             reason = self.error or "no sample counts"
             raise ValueError(f"there is nothing to plot: {reason}")
-        from matplotlib import pyplot as plt
+        try:
+            from matplotlib import pyplot as plt
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("plot() needs matplotlib: pip install matplotlib") from error
 
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         self._plot_losses(axes[0])
@@ -260,7 +264,9 @@ def explain(
         An `Explanation`, which prints as text, is shown as a table in a notebook, and has `plot()`.
 
     Raises:
-        TypeError: a `loss` that is neither of the two.
+        TypeError: a `loss` that is neither of the two, a tensor whose values cannot be read here,
+            such as a DTensor.
+        RuntimeError: inside a transform of `torch.func` or a tracing mode.
 
     >>> loss = SparseCategoricalCrossentropy(from_logits=True)
     >>> print(explain(loss, [2, 1], [[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]]))
@@ -278,18 +284,24 @@ def explain(
     <BLANKLINE>
     Nothing looks wrong.
     """
-    if not isinstance(loss, SparseCategoricalCrossentropy | CategoricalCrossentropy):
-        raise TypeError(
-            "loss must be a torch_sce.SparseCategoricalCrossentropy or CategoricalCrossentropy, "
-            f"got {type(loss).__name__}"
+    _require_loss(loss)
+    if is_traced():
+        raise RuntimeError(
+            "explain reads values, which a transform of torch.func or a tracing mode hides: call "
+            "it outside"
         )
-    with torch.no_grad(), torch.device("cpu"):
-        arguments = (_on_host(y_true), _on_host(y_pred), _on_host(sample_weight), _on_host(mask))
-        batch = batch_of(loss, arguments)
+    given = {"y_true": y_true, "y_pred": y_pred, "sample_weight": sample_weight, "mask": mask}
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        y_true, y_pred, sample_weight, mask = (_on_host(*each) for each in given.items())
+        arguments = (y_true, y_pred, sample_weight, mask)
+        plain = _plain(loss)
+        batch = batch_of(plain, arguments)
         about = tuple(_in_words(batch)) if batch else ()
         found = tuple(findings(batch)) if batch else ()
+        if type(loss).forward is not type(plain).forward:
+            found = (*found, _own_forward(loss, plain))
         try:
-            losses, weight, mask_ = loss._losses(*arguments)
+            losses, weight, mask_ = plain._losses(*arguments)
         except (ValueError, TypeError) as error:
             if not any(finding.is_wrong for finding in found):
                 found = (Finding("arguments that do not fit", str(error), ""), *found)
@@ -302,13 +314,48 @@ def explain(
         if loss.reduction not in ("none", None):
             numerator = values.double().sum().item()
             denominator = 1.0 if count is None else float(count)
-        contributions = values.double() / (denominator or 1.0)
+        contributions = _contributions(values.double(), denominator, loss.reduction)
         samples = _samples(batch, losses, weight, mask_, contributions)
         if not value.isfinite().all() and not any(finding.is_wrong for finding in found):
             lost = ~torch.as_tensor(samples["contribution"]).isfinite()
             found = (_not_finite(lost), *found)
         words = _steps_in_words(loss.reduction, losses, weight, mask_, count)
+        if denominator == 0 and not any(finding.is_wrong for finding in found):
+            found = (_divided_by_0(words[1]), *found)
         return Explanation(loss, value, "", samples, numerator, denominator, found, about, *words)
+
+
+def _contributions(values: Tensor, denominator: float | None, reduction: str | None) -> Tensor:
+    """What each sample adds to the value; `reduce` has the rules for a division by 0."""
+    if denominator == 0:
+        return torch.zeros_like(values) if reduction not in MEANS else values * 0
+    return values / (denominator or 1.0)
+
+
+def _plain(loss: Loss) -> Loss:
+    """A loss with the same options, where `loss` may be of a subclass that has others."""
+    if isinstance(loss, SparseCategoricalCrossentropy):
+        return SparseCategoricalCrossentropy(**SparseCategoricalCrossentropy.get_config(loss))
+    return CategoricalCrossentropy(**CategoricalCrossentropy.get_config(loss))
+
+
+def _own_forward(loss: Loss, plain: Loss) -> Finding:
+    return Finding(
+        "a forward of its own",
+        f"{type(loss).__name__} overrides forward: its value may be another than the one shown, "
+        f"which is that of {type(plain).__name__}.",
+        "Look at what its forward changes.",
+        is_wrong=False,
+    )
+
+
+def _divided_by_0(denominator: str) -> Finding:
+    return Finding(
+        "a denominator of 0",
+        f"{denominator} is 0, and a division by 0 gives 0: there is no gradient.",
+        'Look where it comes from; reduction="sum_over_batch_size" divides by the number of '
+        "samples.",
+    )
 
 
 def _not_finite(lost: Tensor) -> Finding:
@@ -363,7 +410,8 @@ def _in_words(batch: Batch) -> Iterator[str]:
     total, n = batch.counted.numel(), len(batch.rows)
     reasons = f" ({batch.left_out_by})" if batch.left_out_by else ""
     fits = batch.all_labels is not None or batch.targets is not None
-    counts = f"{total} samples, {n} of them count{reasons}" if fits else "does not fit y_pred"
+    samples = "1 sample" if total == 1 else f"{total} samples"
+    counts = f"{samples}, {n} of them count{reasons}" if fits else "does not fit y_pred"
     yield f"y_true {_kind(batch.y_true)}: {counts}"
     for name, value in zip(("sample_weight", "mask"), batch.arguments[2:], strict=True):
         if value is not None:
@@ -380,8 +428,32 @@ def _columns(table: list[list[str]]) -> list[str]:
     return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in table]
 
 
-def _on_host(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+def _require_loss(loss: Any) -> None:
+    if isinstance(loss, SparseCategoricalCrossentropy | CategoricalCrossentropy):
+        return
+    kind = loss if isinstance(loss, type) else type(loss)
+    got = f"{kind.__module__}.{kind.__qualname__}"
+    hint = ", the class itself: make one" if isinstance(loss, type) else ""
+    if isinstance(getattr(loss, "loss", None), Loss):
+        hint = ": pass its .loss"
+    raise TypeError(
+        "loss must be a torch_sce.SparseCategoricalCrossentropy or CategoricalCrossentropy, got "
+        f"{got}{hint}"
+    )
+
+
+def _on_host(name: str, value: Any) -> Any:
+    """A tensor on the host, without its graph; what is no tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    own = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+    if own or value.is_meta:
+        kind = "a meta tensor" if value.is_meta else f"a {type(value).__name__}"
+        hint = ""
+        if hasattr(value, "full_tensor"):
+            hint = f": pass {name}.full_tensor(), on every rank, or this rank's {name}.to_local()"
+        raise TypeError(f"{name} must be a tensor whose values can be read, got {kind}{hint}")
+    return value.detach().cpu()
 
 
 def _samples(
@@ -411,7 +483,7 @@ def _samples(
             share = batch.rows.gather(1, y[:, None])[:, 0] / batch.rows.sum(1)
             probability = share.clamp(*CLIP[batch.loss.dtype])
     at_label = batch.rows.gather(1, y[:, None])
-    rank = 1.0 + (batch.rows > at_label).sum(1)
+    rank = 1 + (batch.rows > at_label).sum(1).double()
     rank[at_label[:, 0].isnan()] = torch.nan
     return {
         "label": label, "probability": spread(probability), "rank": spread(rank),

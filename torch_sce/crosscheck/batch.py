@@ -63,7 +63,9 @@ def _number(text: str) -> float:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    return int(value) if value.is_integer() else value
+    if not value.is_integer() or abs(value) >= 2**63:
+        return value  # no integer that TensorFlow has; as a float it takes any
+    return int(text) if text.strip().lstrip("+-").isdecimal() else int(value)
 
 
 def _dtype(text: str) -> str:
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     """Runs the comparison; the exit code says how it ended. Raises OracleError without tf.keras."""
     line = parser()
     options = line.parse_args(arguments)
-    report.check_file(line, options.html)
+    report.check_html(line, options.html)
     try:
         case = _case(options, read(options.file))
     except Unreadable as error:
@@ -142,31 +144,50 @@ def read(path: Path) -> dict[str, np.ndarray]:
         Unreadable: there is no such file, it is no archive of arrays, or lacks or has one too many.
     """
     if not path.is_file():
-        raise Unreadable(f"{path}: there is no such file")
+        wrong = "is a folder; name a file" if path.is_dir() else "there is no such file"
+        raise Unreadable(f"{path}: {wrong}")
     try:
         stored = np.load(path, allow_pickle=False)
         if isinstance(stored, np.ndarray):
             raise Unreadable(f"{path}: must be written by np.savez, not by np.save")
         with stored:
             arrays = dict(stored)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        if str(error).startswith("Object arrays"):
+            raise Unreadable(f"{path}: must hold arrays of numbers, got Python objects") from error
         raise Unreadable(f"{path}: must be a file that np.savez wrote: {error}") from error
     listed = f"it has {', '.join(arrays) or 'none'}"
     for name in NEEDED:
         if name not in arrays:
-            raise Unreadable(f"{path}: the array {name} is missing; {listed}")
+            raise Unreadable(
+                f"{path}: the array {name} is missing; {listed}. Write the file with "
+                "np.savez(FILE, y_true=..., y_pred=...)"
+            )
     for name, array in arrays.items():
         if name not in (*NEEDED, *OPTIONAL):
             raise Unreadable(
                 f"{path}: {name} is none of the arrays {', '.join(NEEDED + OPTIONAL)}; {listed}"
             )
-        if array.dtype.kind not in ("f" if name == "y_pred" else "biuf") or array.itemsize > 8:
-            kind = "floating-point numbers" if name == "y_pred" else "numbers"
-            hint = "; save bfloat16 as float32" if array.dtype.kind == "V" else ""
-            raise Unreadable(
-                f"{path}: {name} must hold {kind} of at most 64 bits, got {array.dtype}{hint}"
-            )
-    return {name: array.astype(array.dtype.newbyteorder("=")) for name, array in arrays.items()}
+        _require_numbers(path, name, array)
+    return {
+        name: array.astype(array.dtype.newbyteorder("="), copy=False)
+        for name, array in arrays.items()
+    }
+
+
+def _require_numbers(path: Path, name: str, array: object) -> None:
+    if not isinstance(array, np.ndarray):  # other content, under such a name
+        raise Unreadable(f"{path}: {name} must be an array that np.savez wrote")
+    kind = array.dtype.kind
+    if kind in ("f" if name == "y_pred" else "biuf") and array.itemsize <= 8:
+        return
+    wanted = "floating-point numbers" if name == "y_pred" else "numbers"
+    hint = "; save bfloat16 as float32" if kind == "V" else ""
+    if name == "y_pred" and kind in "biu":
+        hint = "; are y_true and y_pred exchanged?"
+    raise Unreadable(
+        f"{path}: {name} must hold {wanted} of at most 64 bits, got {array.dtype}{hint}"
+    )
 
 
 def _case(options: argparse.Namespace, arrays: dict[str, np.ndarray]) -> Case:

@@ -122,8 +122,9 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
 def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """What argparse cannot check by itself; ends the program with exit code 2."""
     check_device(parser, options.device)
-    for path in (options.json, options.html, options.record):
+    for path in (options.json, options.record):
         report.check_file(parser, path)
+    report.check_html(parser, options.html)
     if options.case is not None and options.filter:
         parser.error("--case is one case, --filter chooses among many: pass one of them")
     if options.case is not None and (options.resume or options.seeds > 1):

@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -495,6 +496,13 @@ def check_file(parser: argparse.ArgumentParser, path: Path | None) -> None:
         parser.error(f"{path}: there is no folder {path.parent}")
     if path is not None and path.is_dir():
         parser.error(f"{path}: is a folder; name a file")
+
+
+def check_html(parser: argparse.ArgumentParser, path: Path | None) -> None:
+    """As `check_file`, for a report with plots."""
+    check_file(parser, path)
+    if path is not None and find_spec("matplotlib") is None:
+        parser.error("--html draws with matplotlib, which is missing: pip install matplotlib")
 
 
 def pyplot() -> Any:

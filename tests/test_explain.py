@@ -1,6 +1,7 @@
 """`explain`: its parts add up, it finds each planted mistake, and is silent on ordinary data."""
 
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -688,6 +689,13 @@ def test_the_plot_shows_each_sample_and_its_contribution(count):
     for panel in (losses, contributions):
         assert panel.get_xlabel() and panel.get_ylabel() and panel.get_title()
     figure.clear()
+
+
+def test_without_matplotlib_plot_says_what_to_install(monkeypatch):
+    found = explain(logits_loss(), LABELS, LOGITS)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"plot\(\) needs matplotlib: pip install"):
+        found.plot()
 
 
 def test_it_leaves_the_arguments_and_their_gradients_alone():

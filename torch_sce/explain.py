@@ -116,8 +116,11 @@ class Explanation:
             raise ValueError(f"there is nothing to plot: {reason}")
         try:
             from matplotlib import pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("plot() needs matplotlib: pip install matplotlib") from error
+        except ModuleNotFoundError as missing:
+            if missing.name != "matplotlib":
+                raise
+            message = "plot() needs matplotlib: pip install matplotlib"
+            raise ModuleNotFoundError(message, name=missing.name) from missing
 
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         self._plot_losses(axes[0])

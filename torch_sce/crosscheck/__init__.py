@@ -13,6 +13,7 @@
     command       the command line, `python scripts/cross_check.py`
 
     batch         the same for one batch of a user's own, `cross_check.py batch FILE.npz`
+    blocks        judges a large batch, some of its rows at a time
     rules         from F.cross_entropy to Keras's loss, one rule at a time
 
 Nothing else in the package imports this one.

@@ -18,6 +18,11 @@ torch.set_num_threads(1)  # there are as many workers as cores
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tests make their tensors")
+    parser.addoption(
+        "--without-tensorflow",
+        action="store_true",
+        help="skip what asks a live tf.keras (or another Keras), instead of failing without it",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,7 +44,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture(scope="session")
-def keras() -> Iterator[LiveOracle]:
+def tensorflow(request: pytest.FixtureRequest) -> None:
+    """For a test that needs TensorFlow or a Keras."""
+    if request.config.getoption("--without-tensorflow"):
+        pytest.skip("needs TensorFlow")
+
+
+@pytest.fixture(scope="session")
+def keras(tensorflow: None) -> Iterator[LiveOracle]:
     """The real tf.keras in its own process."""
     with LiveOracle(TARGET) as oracle:
         yield oracle

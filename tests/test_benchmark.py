@@ -71,6 +71,7 @@ def test_a_quick_run_prints_tables_and_writes_json_and_pictures(small, tmp_path,
     assert len(samples) == 2 and min(samples) > 0
 
 
+@pytest.mark.usefixtures("tensorflow")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_every_candidate_computes_the_same_loss(case):
     peers = [name for name in benchmark.PEERS if name not in (COMPILED, benchmark.NONE_IGNORED)]
@@ -105,6 +106,7 @@ def test_ours_with_none_ignored_counts_every_label():
     assert peer(benchmark.labels(case), z).item() == pytest.approx(want.item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("tensorflow")
 def test_the_real_tf_keras_is_measured_on_the_same_numbers(small, tmp_path, capsys):
     found = run(tmp_path, "--peers", "tf.keras")
     assert found["versions"]["tf.keras"]

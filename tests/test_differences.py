@@ -79,7 +79,7 @@ print(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
-def facts():
+def facts(tensorflow):
     """Things that only a Keras object can tell, from both generations."""
     found = {}
     for name, legacy in (("keras 3", "0"), ("keras 2", "1")):

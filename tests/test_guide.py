@@ -40,6 +40,7 @@ def run(code, folder, *arguments, given=None):
     return done.stdout
 
 
+@pytest.mark.usefixtures("tensorflow")
 def test_its_scripts_run_and_print_what_they_say(tmp_path):
     assert list(SCRIPTS) == ["train_keras.py", "train_torch.py", "table.py"]
     for script in SCRIPTS.values():
@@ -59,6 +60,7 @@ def printed_command():
     return line.split()
 
 
+@pytest.mark.usefixtures("tensorflow")
 def test_the_table_is_true_in_all_three_libraries(tmp_path):
     rows = ROW.findall(GUIDE)
     assert len(rows) == GUIDE.count("\n| `K")

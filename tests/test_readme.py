@@ -18,7 +18,9 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_a_snippet_prints_what_it_says(snippet):
+def test_a_snippet_prints_what_it_says(snippet, request):
+    if "tensorflow" in snippet:
+        request.getfixturevalue("tensorflow")
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     promised = re.findall(r"print\(.*\)  # (.*)", snippet)

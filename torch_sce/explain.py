@@ -432,7 +432,7 @@ def _columns(table: list[list[str]]) -> list[str]:
 
 
 def _require_loss(loss: Any) -> None:
-    if isinstance(loss, SparseCategoricalCrossentropy | CategoricalCrossentropy):
+    if isinstance(loss, (SparseCategoricalCrossentropy, CategoricalCrossentropy)):
         return
     kind = loss if isinstance(loss, type) else type(loss)
     got = f"{kind.__module__}.{kind.__qualname__}"

@@ -156,7 +156,7 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
         tensor = value if like is None else value.to(like.device)  # moves scalars alone
     else:
         device = torch.get_default_device() if like is None else like.device
-        if isinstance(value, bool | int | float) and abs(value) < 2**63:
+        if isinstance(value, (bool, int, float)) and abs(value) < 2**63:
             dtype = float64_on(device) if isinstance(value, float) else None
             # Filling a scalar needs no transfer from the host.
             return torch.full((), value, dtype=dtype, device=device)
@@ -254,7 +254,7 @@ def require_no_loss(name: str, value: Any) -> None:
 
 def _kinds_in(value: Any) -> set[type]:
     """The types of what is in a list, however deep."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         return {type(value)}
     kinds = set(map(type, value))
     nested = any(issubclass(each, list | tuple) for each in kinds)

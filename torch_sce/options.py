@@ -15,7 +15,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_flag(name: str, value: Any) -> bool:
     """Whether an option is on, as Keras takes it, but for what can only be a slip."""
-    if value is None or isinstance(value, numbers.Real | np.bool_):
+    if value is None or isinstance(value, (numbers.Real, np.bool_)):
         return bool(value)
     kind = "a tensor" if isinstance(value, Tensor) else repr(value)
     raise TypeError(
@@ -78,7 +78,7 @@ def check_dtype(dtype: Any) -> torch.dtype:
     if dtype is None:
         return torch.float32
     dtype = getattr(dtype, "compute_dtype", dtype)  # a Keras policy
-    if isinstance(dtype, str | torch.dtype):
+    if isinstance(dtype, (str, torch.dtype)):
         name = str(dtype).removeprefix("torch.").removeprefix("mixed_")
     else:  # np.dtype and tf.DType have a name, np.float32 is a class
         name = getattr(dtype, "name", getattr(dtype, "__name__", ""))

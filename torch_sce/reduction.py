@@ -29,7 +29,7 @@ REDUCTIONS = (*MEANS, "sum", "mean_with_sample_weight", "none", None)
 
 
 def check_reduction(reduction: str | None) -> str | None:
-    if not isinstance(reduction, str | None) or reduction not in REDUCTIONS:
+    if not isinstance(reduction, (str, type(None))) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     return reduction
 

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten, cpu, targets
+from . import aten, cpu, modes, targets
 from .aten import IGNORED, Clip
 from .targets import Smoothing
 
@@ -199,21 +199,15 @@ def is_traced() -> bool:
     """Whether the compiler, a transform or a mode is active, for which values cannot be read."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or modes.transforms_active()
+        or modes.dispatch_modes_active()
+        or modes.is_jit_tracing()
     )
 
 
 def _is_plain(x: Tensor) -> bool:
     """Whether x is a tensor in memory. A batch from `is_grads_batched=True` has no storage."""
-    return (
-        type(x) in PLAIN
-        and x.layout == torch.strided
-        and not x.is_meta
-        and not torch._is_functional_tensor(x)  # pyright: ignore[reportPrivateImportUsage]
-        and torch._C._has_storage(x)
-    )
+    return type(x) in PLAIN and x.layout == torch.strided and not x.is_meta and modes.has_memory(x)
 
 
 def _needs_expression(*tensors: Tensor | None) -> bool:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .aten import Clip, blocks, empty_like, row_dtype
+from .aten import Clip, blocks, clamp_inclusive, empty_like, row_dtype
 
 Smoothing = tuple[float, float] | None
 
@@ -69,7 +69,7 @@ def gradients(
     else:
         s = wide.sum(-1, keepdim=True)
         n = wide / s
-        c = n.clamp(*clip)
+        c = clamp_inclusive(n, *clip)
         w = torch.where(n == c, smooth / c, 0)
         dz = g * ((w * n).sum(-1, keepdim=True) - w) / s
     dt = g * -_kept(smoothing) * logarithms
@@ -146,7 +146,7 @@ def _logarithms(z: Tensor, clip: Clip) -> Tensor:
     """log p of logits, log c of probabilities."""
     if clip is None:
         return F.log_softmax(z, -1)
-    return (z / z.sum(-1, keepdim=True)).clamp(*clip).log()
+    return clamp_inclusive(z / z.sum(-1, keepdim=True), *clip).log()
 
 
 def _kept(smoothing: Smoothing) -> float:

@@ -1,0 +1,31 @@
+"""Which of PyTorch's transforms and modes are active.
+
+PyTorch has no public names for these questions. Its private ones are used here and nowhere else;
+they are the same from PyTorch 2.6 to 2.15.
+"""
+
+import torch
+from torch import Tensor
+
+
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func` is active: vmap, grad, jvp or another."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def dispatch_modes_active() -> bool:
+    """Whether a mode sees every operation, as under `FakeTensorMode`."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` records the operations."""
+    return torch._C._is_tracing()
+
+
+def has_memory(x: Tensor) -> bool:
+    """Whether x has memory of its own: batches of gradients and functional tensors have none.
+
+    A batch of gradients comes from `torch.autograd.grad(..., is_grads_batched=True)`.
+    """
+    return torch._C._has_storage(x) and not torch._is_functional_tensor(x)  # pyright: ignore[reportPrivateImportUsage]

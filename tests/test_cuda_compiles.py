@@ -9,6 +9,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    pytest.skip("needs Triton 3.3", allow_module_level=True)
+
 from torch_sce import kernels
 from torch_sce.kernels import aten, cuda
 from torch_sce.kernels.cuda import LONG, Tile
@@ -106,6 +109,15 @@ def _vectors_in(ptx, operation):
 def _vectors(dtype):
     """How many 16 bytes each of a program's 256 threads has of a tile."""
     return LONG * (4 if dtype == "fp32" else 2) // (256 * 16)
+
+
+def test_with_an_old_triton_any_device_s_path_is_taken(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    monkeypatch.delitem(sys.modules, "torch_sce.kernels.cuda")
+    monkeypatch.delattr(kernels, "cuda")
+    assert kernels._cuda_kernels.__wrapped__(device) is aten
 
 
 def test_without_triton_or_on_an_old_gpu_any_device_s_path_is_taken(monkeypatch):

@@ -328,6 +328,24 @@ def test_probabilities_of_any_size_equal_the_definition(bad):
     torch.testing.assert_close(fast.grad, want.float(), rtol=1e-6, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_bounds_are_inclusive_in_first_and_second_derivatives(dtype):
+    """That of `clamp` at a bound is 1 before PyTorch 2.15, and 0 there."""
+    low, high = clip = CLIP[dtype]
+    bounds = torch.tensor(clip, dtype=dtype)
+    outside = torch.nextafter(bounds, torch.tensor([0.0, 2.0], dtype=dtype))
+    q = torch.stack([bounds, outside], 1).view(1, 4).requires_grad_()  # low, less, high, more
+    s = 2 * low + 2 * high
+    first = [1 / s - 1 / low, 0, 1 / s, 0]
+    second = [1 / low**2 - 2 / s**2, 0, -2 / s**2, 0]  # of the sum of the first
+    y = torch.tensor([0])
+    for losses in (row_losses(q, y, clip), aten.row_losses(q, y, clip)):
+        (dq,) = torch.autograd.grad(losses, q, torch.ones_like(losses), create_graph=True)
+        (again,) = torch.autograd.grad(dq.sum(), q)
+        torch.testing.assert_close(dq, dq.new_tensor([first]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(again, dq.new_tensor([second]), rtol=1e-6, atol=0)
+
+
 # Over every threshold of the kernels, in two blocks and more; Triton's interpreter is slow.
 LARGE = (6, 40) if INTERPRETED else (2 * cpu.BLOCK // 1000, 1000)
 OUTLIERS = (28.0, -70.0, 100.0, -1e4, 1e30, torch.inf, -torch.inf, torch.nan)

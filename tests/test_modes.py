@@ -75,6 +75,7 @@ def test_functional_tensors_have_no_memory():
     assert not modes.has_memory(torch._to_functional_tensor(x))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_jit_tracing_is_active_within_it_and_no_longer():
     def traced(f):
         torch.jit.trace(f, torch.ones(3), check_trace=False)

@@ -90,6 +90,20 @@ def test_derivatives_match_finite_differences(model, path):
     assert gradgradcheck(losses, (z, t))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_both_bounds_are_inclusive_in_the_gradient(compiled, path):
+    low, high = clip = MODELS["probabilities"]
+    call = target_losses
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(target_losses, fullgraph=True)
+    q = torch.tensor([[low, high], [low / 2, 1 - low / 2]], requires_grad=True)
+    assert (q.sum(-1) == 1).all()  # so nothing is rounded away from a bound
+    call(q, torch.full((2, 2), 0.5), clip).sum().backward()
+    want = torch.tensor([[1 - 0.5 / low, 1 - 0.5 / high], [0, 0]])
+    torch.testing.assert_close(q.grad, want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_functional_transforms_agree_with_autograd(model):
     z, t, g = rows(5, model, (4,), torch.float64)

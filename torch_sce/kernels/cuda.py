@@ -40,6 +40,10 @@ from torch import Tensor
 from .aten import IGNORED, Clip, empty_like
 from .targets import Smoothing
 
+# PyTorch 2.6 brings Triton 3.2, which aborts the process when it compiles `_forward_targets`.
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    raise ImportError(f"the kernels need Triton 3.3, got {triton.__version__}")
+
 MARK = tl.constexpr(IGNORED)
 
 # Predictions of one program's tile, powers of two.

@@ -4,7 +4,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: cross-check benchmark test test-cuda notebooks lint
+# The PyTorch, and NumPy if one is named, of make test-torch.
+TORCH ?= 2.6.0
+NUMPY ?=
+OTHER := .venv-torch-$(TORCH)
+
+.PHONY: cross-check benchmark test test-torch test-cuda notebooks lint
 
 # Compares with the real tf.keras. Options go into ARGS: make cross-check ARGS="--cases 10000"
 cross-check: $(READY)
@@ -19,6 +24,15 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_kernels.py tests/test_cuda.py \
 		tests/test_crosscheck.py::test_every_path_agrees_with_keras
+
+# The tests that need no TensorFlow on another PyTorch, in an environment of several GB:
+# make test-torch TORCH=2.6.0 NUMPY=1.26.4 PYTHON=python3.12
+test-torch:
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --upgrade pip
+	$(OTHER)/bin/python -m pip install torch==$(TORCH) $(if $(NUMPY),numpy==$(NUMPY),numpy) \
+		-e '.[metrics,report]' --group test
+	$(OTHER)/bin/python -m pytest --without-tensorflow -n auto $(ARGS)
 
 # Executes the notebooks, some minutes; ARGS=--overwrite keeps what they print and draw.
 notebooks: $(READY)

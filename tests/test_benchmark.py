@@ -84,6 +84,7 @@ def test_every_candidate_computes_the_same_loss(case):
         assert loss == pytest.approx(result.losses[OURS], rel=tolerance), name
 
 
+@pytest.mark.usefixtures("tensorflow")
 def test_every_floor_has_a_peer_that_takes_the_case():
     for case in (*benchmark.CASES, *benchmark.CUDA_CASES):
         tiny = dataclasses.replace(case, shape=tuple(min(size, 9) for size in case.shape))

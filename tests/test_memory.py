@@ -60,8 +60,8 @@ def test_no_mode_takes_a_second_tensor_of_the_size_of_the_predictions(case, from
     forward = peak_memory(lambda: loss(y, z, **given), "cpu", FORWARD)
     both = peak_memory(lambda: torch.autograd.grad(loss(y, leaf, **given), leaf), "cpu")
     assert forward is not None and forward < 0.02 * size + block
-    # Rows that do not count, half of them, may leave their pages of the gradient untouched.
-    assert both is not None and 0.4 * size < both < 1.03 * size + block
+    # Rows that do not count, up to three quarters, may leave their pages of the gradient untouched.
+    assert both is not None and 0.2 * size < both < 1.03 * size + block
 
 
 TARGETS = {

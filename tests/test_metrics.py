@@ -224,7 +224,9 @@ class TestEveryMetric:
         for _ in range(12):
             step(y, p, weight)
             other.update_state(y, p, weight)
-        result = torch.compile(metric.result, fullgraph=True, backend="eager")
+        # PyTorch 2.6 does not compile the context managers in torchmetrics' `compute`.
+        whole = not torch.__version__.startswith("2.6.")
+        result = torch.compile(metric.result, fullgraph=whole, backend="eager")
         torch.testing.assert_close(result(), other.result())
         assert torch.equal(metric.count, other.count)
         torch.compile(metric.reset_state, fullgraph=True, backend="eager")()

@@ -62,7 +62,7 @@ class Batch:
     axis: int
     counted: Tensor  # which samples count, in the losses' shape
     rows: Tensor  # (N, C), the predictions
-    all_labels: Tensor | None  # as given, in the losses' shape; None if theirs does not fit
+    all_labels: Tensor | None  # in the losses' shape; None if theirs does not fit
     targets: Tensor | None  # (N, C), None if there are none or their shape does not fit
     weight: Tensor | None  # (N,), None if there are none, or one for all
     mask: Tensor | None  # as given, in the losses' shape, or one that broadcasts to it
@@ -73,7 +73,7 @@ class Batch:
 
     @property
     def labels(self) -> Tensor | None:
-        """(N,), as given."""
+        """(N,), of those that count."""
         return None if self.all_labels is None else self.all_labels[self.counted]
 
     @property
@@ -135,6 +135,8 @@ def batch_of(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Batch | None:
     if isinstance(loss, SparseCategoricalCrossentropy):
         with suppress(ValueError):
             labels = labels_for(given, predictions, axis)
+            if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
+                labels = class_numbers(labels)  # PyTorch 2.6 does not index the others
     elif given.shape == predictions.shape:
         targets = given.movedim(axis, -1).to(x.dtype)
     mask = own_mask = _if_it_fits("mask", mask, predictions, shape)

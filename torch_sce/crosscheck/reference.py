@@ -109,8 +109,8 @@ def _expected(case: Case, poisons: bool) -> Expected:
         mask = counts * (1.0 if mask is None else mask)
     if mask is not None:
         counts &= np.broadcast_to(mask != 0, shape)
-    known = np.isfinite(labels) & (np.trunc(np.where(np.isfinite(labels), labels, -1)) >= 0)
-    known &= labels.astype(float) < classes
+    whole = np.trunc(labels.astype(float))
+    known = (whole >= 0) & (whole < classes)
     if not known[counts].all() and not poisons:
         raise Refused("labels")
     y = np.where(known & counts, np.where(known, labels, 0), 0).astype(np.int64)

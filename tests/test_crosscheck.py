@@ -50,13 +50,12 @@ MUTATIONS = {
         ("kernels/cpu.py", "torch.log_softmax(block.permute(order), axis, out=out.permute(order))",
          "out.copy_((block.exp() / block.exp().sum(-1, keepdim=True)).log())")],
     "logits without the label's entry": [
-        ("kernels/cpu.py", "out.scatter_add_(-1, index, minus_one.expand(index.shape))", "pass")],
+        ("kernels/cpu.py", "out.scatter_add_(-1, label[at].unsqueeze(-1), -total)", "pass")],
     "probabilities without the label's entry": [
         ("kernels/cpu.py", "    _scatter(dz, label, at_label if", "    (dz, label, at_label if")],
     "ignored rows with a gradient": [
         ("kernels/cpu.py", "        g = g.masked_fill(ignored, 0)\n", "        pass\n"),
-        ("kernels/cpu.py", "            out.masked_fill_(ignored[at].unsqueeze(-1), 0)\n",
-         "            pass\n")],
+        ("kernels/cpu.py", "            out.masked_fill_(unread, 0)\n", "")],
     "upstream gradient not on the label": [
         ("kernels/cpu.py", "g * (1 / s - 1 / p)", "g / s - 1 / p")],
     "mean over B, not B * T": [

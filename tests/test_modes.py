@@ -72,7 +72,7 @@ def test_gradients_are_batched_where_a_caller_asks_for_it(batched):
 def test_functional_tensors_have_no_memory():
     x = torch.ones(3)
     assert modes.has_memory(x)
-    assert not modes.has_memory(torch._to_functional_tensor(x))
+    assert torch.func.functionalize(modes.has_memory)(x) is False
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")

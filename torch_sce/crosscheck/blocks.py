@@ -20,10 +20,12 @@ from .reference import (
     Expected,
     _broadcastable,
     _cast_predictions,
+    _factor,
     _from_logits,
     _from_probabilities,
     _reduce,
     _Rows,
+    flushed,
 )
 
 ELEMENTS = 2**18  # of a block: a float64 copy of it stays in the caches
@@ -151,6 +153,8 @@ class _Whole:
             self.mask = self.counts * (1.0 if self.mask is None else self.mask)
         if self.mask is not None:
             self.counts &= np.broadcast_to(self.mask != 0, shape)
+        factor = _factor(self.weight, self.mask, case.options["reduction"])
+        self.factor = np.broadcast_to(np.abs(factor), shape)
         nothing = np.zeros(self.labels.size)
         slopes = self.reduced(nothing, nothing).gradient
         assert slopes is not None
@@ -179,7 +183,11 @@ class _Whole:
             options=case.options | {"reduction": "none"},
             upstream=self.upstream[rows.numbers],
         )
-        return found, self._reduce(unreduced, found, counts, None, None, 1)
+        right = self._reduce(unreduced, found, counts, None, None, 1)
+        # What flushing the upstream gradient to zero may cost is multiplied by the weight.
+        more = flushed(case.loss_dtype) * (self.factor.reshape(-1)[rows.numbers] - 1)
+        more = np.where(counts, more, 0)[:, None] * found.slope_size
+        return found, replace(right, gradient_scale=right.gradient_scale + more)
 
     def _reduce(self, case, rows, counts, weight, mask, axis) -> Expected:
         bad, reduction = np.zeros(counts.shape, bool), case.options["reduction"]

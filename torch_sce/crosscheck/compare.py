@@ -37,7 +37,7 @@ def judge_against(
     right: Expected | None,
     refused: str,
     case: Case,
-    keras: Answer,
+    keras: Answer | None,
     ours: Answer,
     poisons: bool = False,
 ) -> Verdict:

@@ -49,7 +49,7 @@ class Inputs:
         self.dtype = getattr(torch, case.loss_dtype)
         self.axis = case.options["axis"] % self.x.ndim
         self.classes = self.x.shape[self.axis]
-        self.y_true = torch.as_tensor(case.y_true)
+        self.y_true = torch.as_tensor(np.asarray(case.y_true))
         labels = labels_for(self.y_true, self.x, self.axis)
         self.labels, self.y = labels, class_numbers(labels)
         self.kept = not_ignored(labels, case.options["ignore_class"])

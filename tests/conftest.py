@@ -26,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Else PyTorch compiles in processes of its own, and some versions leave them to the end.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_default_device(config.getoption("--device"))
     # Triton's interpreter has NumPy compute what is masked afterwards.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")

@@ -6,11 +6,9 @@ import sys
 import pytest
 import torch
 import triton
+from triton.backends import compiler
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-    pytest.skip("needs Triton 3.3", allow_module_level=True)
 
 from torch_sce import kernels
 from torch_sce.kernels import aten, cuda
@@ -35,7 +33,7 @@ def compiled(kernel, dtype, tile, clip, ones, capability, targets="fp32", **opti
     constants = tile.options(clip) | options
     launch = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     constants |= dict.fromkeys(ones & set(kernel.arg_names), 1)
-    signature, divisible = {}, {}
+    signature, divisible = {}, []
     for at, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
@@ -48,11 +46,19 @@ def compiled(kernel, dtype, tile, clip, ones, capability, targets="fp32", **opti
         if name in ("low", "high", "keep", "added"):
             signature[name] = "fp32"
         else:
-            divisible[at,] = [["tt.divisibility", 16]]
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values, divisible)
+            divisible.append(at)
+    source = ASTSource(kernel, *as_triton_reads(signature, divisible, constants))
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=launch).asm["ptx"]
+
+
+def as_triton_reads(signature, divisible, constants):
+    """The signature, constants and attributes of a kernel, which Triton 3.2 takes otherwise."""
+    if hasattr(compiler, "AttrsDescriptor"):
+        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        hints = compiler.AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16))
+        return signature, constants, hints
+    return signature, constants, {(at,): [["tt.divisibility", 16]] for at in divisible}
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "bf16"), (90, "fp32")])
@@ -109,15 +115,6 @@ def _vectors_in(ptx, operation):
 def _vectors(dtype):
     """How many 16 bytes each of a program's 256 threads has of a tile."""
     return LONG * (4 if dtype == "fp32" else 2) // (256 * 16)
-
-
-def test_with_an_old_triton_any_device_s_path_is_taken(monkeypatch):
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(triton, "__version__", "3.2.0")
-    monkeypatch.delitem(sys.modules, "torch_sce.kernels.cuda")
-    monkeypatch.delattr(kernels, "cuda")
-    assert kernels._cuda_kernels.__wrapped__(device) is aten
 
 
 def test_without_triton_or_on_an_old_gpu_any_device_s_path_is_taken(monkeypatch):

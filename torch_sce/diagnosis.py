@@ -136,7 +136,7 @@ def batch_of(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Batch | None:
         with suppress(ValueError):
             labels = labels_for(given, predictions, axis)
             if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
-                labels = class_numbers(labels)  # PyTorch 2.6 does not index the others
+                labels = class_numbers(labels)  # which PyTorch 2.6 to 2.9 do not index
     elif given.shape == predictions.shape:
         targets = given.movedim(axis, -1).to(x.dtype)
     mask = own_mask = _if_it_fits("mask", mask, predictions, shape)

@@ -176,7 +176,7 @@ def _target_kernels(z: Tensor, t: Tensor) -> Any:
 
 @functools.cache
 def _cuda_kernels(device: torch.device) -> Any:
-    """`cuda`, or `aten` where there is no Triton, an old one, or none for this device."""
+    """`cuda`, or `aten` where there is no Triton, or none for this device."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return aten
     try:

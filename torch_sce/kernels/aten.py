@@ -82,7 +82,7 @@ def blank_ignored(z: Tensor, y: Tensor) -> Tensor:
 
 def at_label(z: Tensor, y: Tensor) -> Tensor:
     """z_y of every row."""
-    if z.shape[-1] == 1:  # PyTorch 2.6 compiles the derivative below wrongly for one row of it
+    if z.shape[-1] == 1:  # PyTorch 2.6 to 2.9 compile gather's derivative wrongly here
         return z.squeeze(-1).clone()
     return z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
 

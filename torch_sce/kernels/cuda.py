@@ -40,10 +40,6 @@ from torch import Tensor
 from .aten import IGNORED, Clip, empty_like
 from .targets import Smoothing
 
-# PyTorch 2.6 brings Triton 3.2, which aborts the process when it compiles `_forward_targets`.
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-    raise ImportError(f"the kernels need Triton 3.3, got {triton.__version__}")
-
 MARK = tl.constexpr(IGNORED)
 
 # Predictions of one program's tile, powers of two.
@@ -431,6 +427,7 @@ def _walk_probabilities(
     for first in range(0, classes, CLASSES):
         j, here = _classes(first, classes, counts, CLASSES, AXIS)
         s += tl.sum(_load(z, j, step, here, 0.0, AXIS), AXIS)
+    s += 0.0  # Triton 3.2 to 3.6 cannot compile a second use of a loop's sum of what it loads
     value = tl.zeros([ROWS], tl.float32)
     free = tl.zeros([ROWS], tl.float32)
     a = tl.zeros([ROWS], tl.float32)

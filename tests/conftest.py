@@ -31,6 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(config.getoption("--device"))
     # Triton's interpreter has NumPy compute what is masked afterwards.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+    # Up to 3.6 it also converts arrays of one element, which NumPy 2.4 refuses.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

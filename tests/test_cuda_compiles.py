@@ -54,11 +54,11 @@ def compiled(kernel, dtype, tile, clip, ones, capability, targets="fp32", **opti
 
 def as_triton_reads(signature, divisible, constants):
     """The signature, constants and attributes of a kernel, which Triton 3.2 takes otherwise."""
-    if hasattr(compiler, "AttrsDescriptor"):
-        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
-        hints = compiler.AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16))
-        return signature, constants, hints
-    return signature, constants, {(at,): [["tt.divisibility", 16]] for at in divisible}
+    before = getattr(compiler, "AttrsDescriptor", None)
+    if before is None:
+        return signature, constants, {(at,): [["tt.divisibility", 16]] for at in divisible}
+    signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    return signature, constants, before.from_hints(dict.fromkeys(divisible, 16))
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "bf16"), (90, "fp32")])

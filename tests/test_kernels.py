@@ -372,7 +372,9 @@ def test_the_loss_of_one_class_is_0(offset):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("classes", [2, 7, MANY])
 @given(data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_no_loss_is_negative(model, classes, draws):
     """Confident rows, whatever outliers there are in them or in others."""
     seed, confident = draws.draw(integers(0, 99)), draws.draw(floats(0, 200))

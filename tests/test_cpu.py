@@ -5,7 +5,7 @@ import torch
 from test_kernels import MODELS, loss_and_gradient, rows
 from ulps import ulps
 
-from torch_sce.kernels import cpu
+from torch_sce.kernels import cpu, target_losses
 
 SHAPES = {
     "many rows": (300, 1000), "one long row": (1, 1_000_003), "three": (3, 90_000),
@@ -24,6 +24,26 @@ def test_the_bits_are_the_same_for_any_number_of_threads(shape, model):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(loss_and_gradient(z, y, g, model))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_bits_of_targets_are_the_same_for_any_number_of_threads(shape, model):
+    z, _, g = rows(shape[-1], model, shape=shape[:-1])
+    t = rows(shape[-1], "probabilities", shape=shape[:-1], seed=1)[0]
+    if len(shape) > 2:
+        z, t = (x.movedim(-1, 1).contiguous().movedim(1, -1) for x in (z, t))
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            both = [x.detach().requires_grad_() for x in (z, t)]
+            losses = target_losses(*both, MODELS[model])
+            results.append((losses.detach(), *torch.autograd.grad(losses, both, g)))
     finally:
         torch.set_num_threads(1)
     for other in results[1:]:

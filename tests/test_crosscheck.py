@@ -121,7 +121,7 @@ MUTATIONS = {
     "targets detached": [
         ("functional.py", "return target_losses(z, t,", "return target_losses(z, t.detach(),")],
     "targets taken for a distribution in the gradient": [
-        ("kernels/targets.py", "p.mul_(g_ * t_.sum(-1, keepdim=True)).addcmul_",
+        ("kernels/targets.py", "p.mul_(g_ * total).addcmul_",
          "p.mul_(g_).addcmul_")],
     "smoothing not in the gradient of targets": [
         ("kernels/targets.py", "return 1.0 if smoothing is None else smoothing[0]", "return 1.0")],

@@ -26,6 +26,7 @@ from .reference import (
     _reduce,
     _Rows,
     flushed,
+    not_ignored,
 )
 
 ELEMENTS = 2**18  # of a block: a float64 copy of it stays in the caches
@@ -149,7 +150,7 @@ class _Whole:
         self.mask = _broadcastable(case.mask, shape)
         self.counts = np.ones(shape, bool)
         if case.options["ignore_class"] is not None:
-            self.counts &= self.labels != case.options["ignore_class"]
+            self.counts &= not_ignored(self.labels, case.options["ignore_class"])
             self.mask = self.counts * (1.0 if self.mask is None else self.mask)
         if self.mask is not None:
             self.counts &= np.broadcast_to(self.mask != 0, shape)

@@ -130,7 +130,7 @@ def _values_differ(
 
 
 def _close(a: np.ndarray, b: np.ndarray, bound: np.ndarray, dtype: str) -> bool:
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    same = (a == b) | (np.isnan(a) & np.isnan(b)) | np.isposinf(bound)
     largest = LARGEST.get(dtype, np.inf)  # an infinity may be a number near it that has overflowed
     with np.errstate(all="ignore"):
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64))

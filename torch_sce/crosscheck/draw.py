@@ -73,6 +73,10 @@ def _loss(bits, seed: int, index: int, name: str) -> Case:
     batch = Batch(y_true, y_pred, y_pred_dtype, weight, mask)
     losses = max(label.size, y_pred.size // max(1, y_pred.shape[-1]))  # if that is a trailing 1
     upstream = _upstream(bits, features, options, y_pred_dtype, losses)
+    if options.get("reduction", "none") in ("none", None) and name == LOSSES[1]:
+        # Targets (C, 1) make (C,) predictions C positions of one class.
+        matched = len(y_true) if (y_true.ndim, y_pred.ndim) == (2, 1) else 0
+        upstream = np.resize(upstream, max(losses, matched, 1))
     return Case(seed, index, name, form, options, batch, as_lists, upstream, features)
 
 

@@ -105,7 +105,7 @@ def _expected(case: Case, poisons: bool) -> Expected:
 
     counts = np.ones(shape, bool)
     if options["ignore_class"] is not None:
-        counts &= labels != options["ignore_class"]
+        counts &= not_ignored(labels, options["ignore_class"])
         mask = counts * (1.0 if mask is None else mask)
     if mask is not None:
         counts &= np.broadcast_to(mask != 0, shape)
@@ -120,6 +120,11 @@ def _expected(case: Case, poisons: bool) -> Expected:
     result = model(safe, y, case.loss_dtype)
     bad = counts & ~known
     return _reduce(case, result, counts, bad, weight, mask, reduction, axis, dtype)
+
+
+def not_ignored(labels: np.ndarray, ignore_class) -> np.ndarray:
+    """Which labels differ from a class; NumPy would round it to the labels' dtype."""
+    return (labels.astype(np.float64) if labels.dtype.kind == "f" else labels) != ignore_class
 
 
 def _expected_of_targets(case: Case, y_true, q, reduction, dtype: str) -> Expected:
@@ -342,7 +347,8 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
         size = _divide(terms.sum(), abs(divisor))
     g = _divide(upstream * each, divisor)
     if wide == "float32":
-        g = np.where(np.abs(g) < 2.0**-150, 0, g)  # times an infinite slope it is no longer infinite
+        # float32 has no such number; and times an infinite slope 0 is NaN.
+        g = np.where(np.abs(g) < 2.0**-150, 0, g)
     g = np.where(bad, np.nan, g)[..., None]
     on = counts[..., None]
     gradient = np.where(on, g * rows.slope, 0)
@@ -352,6 +358,7 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
     lost_of_product = lost * (1 + rows.after)
     scale = np.abs(g) * (SLACK * rows.slope_size + rows.slope_scale)
     scale = scale + lost_of_g * rows.slope_size + lost_of_product
+    scale = np.where(np.isinf(rows.slope_scale), np.inf, scale)  # even if g is NaN
     row_size = np.maximum(np.abs(g) * rows.slope_size, lost_of_product).max(-1, keepdims=True)
 
     def in_place(array: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -15,10 +15,8 @@ nats) and its gradient:
                     dq_j = g * [low <= q_j <= high] * (1 / s - [j == y] / p)
 
 The second row model is what tf.keras does to probabilities (clip, log, softmax cross-entropy)
-without its logarithms and its softmax. Summaries of disjoint slices of the classes merge: take
-the larger m, rescale and add s, add p (0 where the label lies in another slice). Any m near the
-larger logits of a row serves as well as their maximum; where 0 is one, logits are a row of the
-second kind, with exp(z_j) in the place of c_j.
+without its logarithms and its softmax. Summaries of disjoint slices of the classes merge: take the
+larger m, rescale and add s, add p (0 where the label lies in another slice).
 
 Three traps of rounding shape this. `(m, s)` is kept for the backward pass and not m + log s: for
 logits with an offset of 1e5 that keeps the gradient's relative error at 7.5e-7, not 3.9e-3. The

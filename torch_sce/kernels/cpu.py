@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import aten
-from .aten import IGNORED, Clip, blocks, empty_like, memory_order
+from .aten import IGNORED, Clip, blocks, empty_like, memory_order, row_sums
 
 SMALL = 2**17  # predictions, for which it is PyTorch's overhead that matters
 BLOCK = 2**18  # predictions at a time, if there are many: 1 MiB of float32
@@ -133,7 +133,7 @@ def _losses_of_logits(z: Tensor, label: Tensor, rows: Rows, picked: bool) -> Ten
             continue
         torch.softmax(block, -1, out=out)
         # Its largest entry is 1 / s; what its entries add up to corrects that s.
-        s = (_sums_of(out) / out.amax(-1)).clamp_min_(1)
+        s = (row_sums(out) / out.amax(-1)).clamp_min_(1)
         loss[at] = s.log_() + (block.amax(-1) - aten.at_label(block, label[at]))
     return loss
 
@@ -153,18 +153,8 @@ def _sums(z: Tensor, clip: tuple[float, float], rows: Rows, picked: bool) -> Ten
     """
     s = z.new_ones(z.shape[:-1], dtype=aten.row_dtype(z))
     for at, block, out in _walk(z, rows, picked):
-        s[at] = _sums_of(torch.clamp(block, *clip, out=out))
+        s[at] = row_sums(torch.clamp(block, *clip, out=out))
     return s
-
-
-def _sums_of(block: Tensor) -> Tensor:
-    """The sum of every row.
-
-    PyTorch divides that of a single row among the threads, and its bits depend on how many.
-    """
-    if block.numel() != block.shape[-1]:
-        return block.sum(-1)
-    return block.expand(2, *block.shape[1:]).sum(-1)[:1]
 
 
 def _write_gradients(
@@ -309,7 +299,7 @@ def _softmax(block: Tensor, out: Tensor) -> Tensor:
     else:
         _log_softmax(block, out)
         out.exp_()
-    return _sums_of(out).unsqueeze(-1)
+    return row_sums(out).unsqueeze(-1)
 
 
 def _block(z: Tensor) -> int:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .aten import Clip, blocks, clamp_inclusive, empty_like, row_dtype
+from .aten import Clip, blocks, clamp_inclusive, empty_like, row_dtype, row_sums
 
 Smoothing = tuple[float, float] | None
 
@@ -40,6 +40,8 @@ BLOCK = 2**24  # predictions at a time on a device
 # Classes up to which the derivative of PyTorch's log_softmax is as good as ours. It adds up the
 # targets one by one: for 1000 smoothed ones its error is 13 ulps, for 100,000 it is 1200.
 FEW = 64
+
+LEAST = -87.0  # exp of less underflows in float32, and then takes a hundred times as long
 
 
 def is_small(z: Tensor, clip: Clip) -> bool:
@@ -83,10 +85,10 @@ def forward_targets(
     loss = z.new_empty(z.shape[:-1], dtype=row_dtype(z))
     for rows, z_, t_, a, _ in _walk(z, t, clip, smoothing):
         if clip is None:
-            torch.log_softmax(z_, -1, out=a)
+            _log_softmax(z_, a)
         else:
-            torch.div(z_, z_.sum(-1, keepdim=True), out=a).clamp_(*clip).log_()
-        loss[rows] = a.mul_(t_).sum(-1)
+            torch.div(z_, row_sums(z_).unsqueeze(-1), out=a).clamp_(*clip).log_()
+        loss[rows] = row_sums(a.mul_(t_))
     loss = torch.sub(0, loss, out=loss)  # never -0.0
     return (loss if counted is None else loss.masked_fill_(~counted, 0),)
 
@@ -108,20 +110,22 @@ def backward_targets(
         g_, keep = g[rows], _kept(smoothing)
         if clip is None:
             if dt is not None:
-                logarithms = torch.log_softmax(z_, -1, out=_place(dt, rows, a))
+                logarithms = _log_softmax(z_, _place(dt, rows, a))
                 _write(dt, rows, logarithms.mul_(-keep * g_), counted)
             if dz is not None:
                 p = torch.softmax(z_, -1, out=_place(dz, rows, a))
-                p.mul_(g_ * t_.sum(-1, keepdim=True)).addcmul_(t_, g_, value=-1)
+                # They add up to 1 only as exactly as PyTorch has added up the row.
+                total = (row_sums(t_) / row_sums(p)).unsqueeze(-1)
+                p.mul_(g_ * total).addcmul_(t_, g_, value=-1)
                 _write(dz, rows, p, counted)
             continue
-        s = z_.sum(-1, keepdim=True)
+        s = row_sums(z_).unsqueeze(-1)
         n = torch.div(z_, s, out=a)
         c = torch.clamp(n, *clip, out=b)
         if dz is not None:
             clipped = n != c
             w = torch.div(t_, c, out=_place(dz, rows, torch.empty_like(c))).masked_fill_(clipped, 0)
-            total = n.mul_(w).sum(-1, keepdim=True)
+            total = row_sums(n.mul_(w)).unsqueeze(-1)
             r = (g_ / s).masked_fill_(clipped.all(-1, keepdim=True), 0)  # even a NaN
             _write(dz, rows, torch.sub(total, w, out=w).mul_(r), counted)
         if dt is not None:
@@ -147,6 +151,20 @@ def _logarithms(z: Tensor, clip: Clip) -> Tensor:
     if clip is None:
         return F.log_softmax(z, -1)
     return clamp_inclusive(z / z.sum(-1, keepdim=True), *clip).log()
+
+
+def _log_softmax(z: Tensor, out: Tensor) -> Tensor:
+    """Writes log p of rows of logits.
+
+    PyTorch's own adds up a row in a few partial sums on the CPU, which loses digits with many
+    classes: see `cpu`.
+    """
+    if z.shape[-1] <= cpu.MANY or z.device.type != "cpu":
+        return torch.log_softmax(z, -1, out=out)
+    m = z.amax(-1, keepdim=True)
+    torch.sub(z, m, out=out).clamp_min_(LEAST).exp_()
+    s = row_sums(out).unsqueeze(-1)
+    return torch.sub(z, m, out=out).sub_(s.log_())
 
 
 def _kept(smoothing: Smoothing) -> float:

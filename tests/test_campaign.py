@@ -329,7 +329,7 @@ def test_answers_are_in_order_also_after_a_caller_who_wanted_no_more(tmp_path):
             assert found == [str(float(n)) for n in range(wanted)]
 
 
-def test_a_live_oracle_in_each_process_gives_what_is_recorded(run):
+def test_a_live_oracle_in_each_process_gives_what_is_recorded(run, tensorflow):
     arguments = ("--seed", "0", "--seeds", "1", "--cases", "40")
     code, out, alive = run("1.json", *arguments, "--oracle", "tf.keras", "--workers", "2")
     assert code == AGREEMENT and "agree with tf.keras" in out

@@ -410,8 +410,12 @@ class TestCompiler:
     @pytest.mark.parametrize("model", MODELS)
     def test_it_exports_with_any_batch(self, model, strict):
         class Step(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.loss = loss
+
             def forward(self, z, y):
-                return loss(y, z)
+                return self.loss(y, z)
 
         loss, batch = Problem(model, "small").loss(), torch.export.Dim("batch", min=2)
         problem = Problem(model, "large")

@@ -397,14 +397,15 @@ class SparseCategoricalCrossentropy(_Mean):
 
     def _values(self, y_true, y_pred, mask):
         y_pred = functional.floats(y_pred)
-        axis = functional.class_axis(self.axis, y_pred)
+        # PyTorch 2.6 does not compile the options as attributes.
+        axis = functional.class_axis(self.options["axis"], y_pred)
         y_true = functional.to_tensor("y_true", y_true, y_pred)
         labels = functional.labels_for(y_true, y_pred, axis)
-        counted = kept = functional.not_ignored(labels, self.ignore_class)
+        counted = kept = functional.not_ignored(labels, self.options["ignore_class"])
         if mask is not None:
             shown = over_leading_axes("mask", mask, labels.shape).bool().expand(labels.shape)
             counted = shown if kept is None else shown & kept
-        logits, dtype = self.from_logits, y_pred.dtype
+        logits, dtype = self.options["from_logits"], y_pred.dtype
         return functional.sample_losses(labels, y_pred, counted, logits, axis, dtype), kept
 
 

@@ -109,11 +109,12 @@ class _Mean(Metric):
 
         It would be compiled again for every number.
         """
-        return self._updates
+        return int(self._updated) if torch.compiler.is_compiling() else self._updates
 
     @_update_count.setter
     def _update_count(self, value: int) -> None:
-        self._updates = min(value, 1) if torch.compiler.is_compiling() else value
+        # PyTorch 2.11 calls this after the compiled code, so it cannot ask what it is called by.
+        self._updated, self._updates = value > 0, value
 
     @property
     def name(self) -> str:

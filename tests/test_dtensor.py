@@ -16,12 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_tensor_kinds import MODELS, SIZES, Problem
+from torch.torch_version import TorchVersion
 
 import torch_sce
 
 pytestmark = [
     pytest.mark.skipif("torch.get_default_device().type != 'cpu'"),
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
+    pytest.mark.skipif(
+        TorchVersion(torch.__version__) < "2.11",
+        reason="PyTorch before 2.11 cannot shard some operations, and raises an error that says so",
+    ),
 ]
 
 # Where predictions are, and what goes with them: whole batches or parts of them, parts of the

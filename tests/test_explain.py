@@ -77,7 +77,9 @@ def test_the_parts_add_up_to_the_loss_s_own_value():
     assert compared > 300 and raised > 30
 
 
-NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 0.5, -0.5, 3.0, 2.0**-100, 2.0**100, np.inf, -np.inf, np.nan])
+NUMBERS = st.sampled_from(
+    [0.0, 1.0, -1.0, 0.5, -0.5, 3.0, 2.0**-100, 2.0**100, np.inf, -np.inf, np.nan]
+)
 
 
 @st.composite

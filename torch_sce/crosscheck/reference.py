@@ -356,10 +356,12 @@ def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Ex
     # Upstream over the divisor, that times the weight, and their products with what is the row's.
     lost_of_g = lost * (np.abs(each) + 1)[..., None]
     lost_of_product = lost * (1 + rows.after)
+    row_size = np.maximum(np.abs(g) * rows.slope_size, lost_of_product).max(-1, keepdims=True)
     scale = np.abs(g) * (SLACK * rows.slope_size + rows.slope_scale)
     scale = scale + lost_of_g * rows.slope_size + lost_of_product
-    scale = np.where(np.isinf(rows.slope_scale), np.inf, scale)  # even if g is NaN
-    row_size = np.maximum(np.abs(g) * rows.slope_size, lost_of_product).max(-1, keepdims=True)
+    # Infinite even if g is NaN; and where the row overflows, inf - inf may come on the way.
+    unsure = np.isinf(rows.slope_scale) | (row_size >= LARGEST.get(wide, np.inf))
+    scale = np.where(unsure, np.inf, scale)
 
     def in_place(array: np.ndarray, like: np.ndarray) -> np.ndarray:
         """Zero where a sample does not count, in the layout of what was given."""

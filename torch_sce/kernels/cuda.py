@@ -465,7 +465,7 @@ def _backward_targets(
     if CLIP:
         _, c, w = _normalise(block, target, s, low, high)
         logarithms = tl.log(c)
-        slopes = (a - w) * tl.where(m == 0, 0.0, g / s)  # 0 if all are clipped, whatever g is
+        slopes = (a - w) * tl.where(m == 0, 0.0, g) / s  # 0 if all are clipped, whatever g is
     else:
         logarithms = (block - m) - tl.log(s)
         slopes = g * (a / s * tl.exp(block - m) - target)

@@ -126,8 +126,9 @@ def backward_targets(
             clipped = n != c
             w = torch.div(t_, c, out=_place(dz, rows, torch.empty_like(c))).masked_fill_(clipped, 0)
             total = row_sums(n.mul_(w)).unsqueeze(-1)
-            r = (g_ / s).masked_fill_(clipped.all(-1, keepdim=True), 0)  # even a NaN
-            _write(dz, rows, torch.sub(total, w, out=w).mul_(r), counted)
+            factor = g_.masked_fill(clipped.all(-1, keepdim=True), 0)  # even a NaN
+            # g / s may overflow where its product with the rest does not.
+            _write(dz, rows, torch.sub(total, w, out=w).mul_(factor).div_(s), counted)
         if dt is not None:
             logarithms = torch.log(c, out=_place(dt, rows, b))
             _write(dt, rows, logarithms.mul_(-keep * g_), counted)

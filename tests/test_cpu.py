@@ -42,7 +42,7 @@ def test_the_bits_of_targets_are_the_same_for_any_number_of_threads(shape, model
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             both = [x.detach().requires_grad_() for x in (z, t)]
-            losses = target_losses(*both, MODELS[model])
+            losses = target_losses(both[0], both[1], MODELS[model])
             results.append((losses.detach(), *torch.autograd.grad(losses, both, g)))
     finally:
         torch.set_num_threads(1)

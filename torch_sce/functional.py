@@ -190,7 +190,7 @@ def _check_placement(name: str, tensor: Tensor, like: Tensor) -> None:
 def require_dense(name: str, tensor: Tensor) -> None:
     """Raises for a tensor that is more than its numbers, and names what makes a plain one of it."""
     if isinstance(tensor, MaskedTensor):
-        counted = f"{name}.get_mask()" + ".all(axis)" * (name == "y_pred")
+        counted = f"{name}.get_mask()" + ".all(axis)" * _has_classes(name, tensor)
         plain = _unmasked(name, f"{name}.get_data()", counted, f"{name}.to_tensor(0)")
         raise TypeError(f"{name} must be a plain tensor, got a MaskedTensor: {plain}")
     if tensor.is_nested:
@@ -202,6 +202,12 @@ def require_dense(name: str, tensor: Tensor) -> None:
     else:
         return
     raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}: pass {plain}")
+
+
+def _has_classes(name: str, value: Any) -> bool:
+    """Whether a mask of its shape would have a class axis, as predictions and float targets do."""
+    kind = str(value.dtype)
+    return name == "y_pred" or (name == "y_true" and value.ndim > 1 and "float" in kind)
 
 
 def _unmasked(name: str, values: str, counted: str, filled: str) -> str:
@@ -240,7 +246,8 @@ def require_no_loss(name: str, value: Any) -> None:
     """Raises for what NumPy would take without its gradients or its mask."""
     kinds, kind = _kinds_in(value), type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
-        counted = f"~{name}.mask" + ".any(axis)" * (name == "y_pred")
+        hidden = f"np.ma.getmaskarray({name})" + ".any(axis)" * _has_classes(name, value)
+        counted = f"~{hidden}"
         plain = _unmasked(name, f"{name}.data", counted, f"{name}.filled(0)")
         raise TypeError(f"{name} must be a plain array, got a masked one: {plain}")
     if any(issubclass(each, np.ma.MaskedArray) for each in kinds):

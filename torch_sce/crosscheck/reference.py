@@ -297,9 +297,10 @@ def _targets_from_probabilities(q, t, keep: float, dtype: str) -> _Rows:
     slope = ((w * n).sum(-1, keepdims=True) - w) / s
     size = (np.abs(w * n).sum(-1, keepdims=True) + np.abs(w)) / np.abs(s)
     scale = size * (2 * off + sums)
+    unit = min(UNIT[dtype], UNIT["float32"])  # halves are computed in float32
     # Where rounding decides whether an entry is clipped, the gradient may be one or the other.
-    near = sum(np.abs(n - bound) <= 2 * off * UNIT[dtype] * bound for bound in (low, high)) > 0
-    lost = off * UNIT[dtype] > 0.01  # nothing is left of a sum that cancels
+    near = sum(np.abs(n - bound) <= 2 * off * unit * bound for bound in (low, high)) > 0
+    lost = off * unit > 0.01  # nothing is left of a sum that cancels
     unsure = (near & (t != 0)).any(-1, keepdims=True) | lost
     loss_scale = np.where(lost[..., 0], np.inf, loss_scale)
     target_scale = np.where(lost, np.inf, keep * log_scale)

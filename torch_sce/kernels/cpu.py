@@ -133,7 +133,7 @@ def _losses_of_logits(z: Tensor, label: Tensor, rows: Rows, picked: bool) -> Ten
             continue
         torch.softmax(block, -1, out=out)
         # Its largest entry is 1 / s; what its entries add up to corrects that s.
-        s = (row_sums(out) / out.amax(-1)).clamp_min_(1)
+        s = row_sums(out) / out.amax(-1)
         loss[at] = s.log_() + (block.amax(-1) - aten.at_label(block, label[at]))
     return loss
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from torch_sce.crosscheck import answers, campaign, command, report, tally
 from torch_sce.crosscheck import compare as compare_module
-from torch_sce.crosscheck.answers import Answer, LiveOracle
+from torch_sce.crosscheck.answers import Answer, LiveOracle, ours
 from torch_sce.crosscheck.campaign import Block, Oracles, Plan, compare, opened, tally_of
 from torch_sce.crosscheck.command import AGREEMENT, DISAGREEMENT, INTERRUPTED, NO_ORACLE, USAGE
-from torch_sce.crosscheck.compare import AGREES, MISMATCH
+from torch_sce.crosscheck.compare import AGREES, MISMATCH, judge
 from torch_sce.crosscheck.draw import draw
 from torch_sce.crosscheck.tally import Tally, gaps, joined
 
@@ -354,3 +354,11 @@ def test_the_file_is_written_while_it_runs(run, monkeypatch):
 
 def test_a_plan_without_an_oracle_has_no_versions_but_ours():
     assert set(Oracles(None, None).versions["ours"]) == {"torch-sce", "torch", "numpy"}
+
+
+def test_predictions_that_get_their_class_axis_from_the_targets_are_counted():
+    y_pred, y_true = np.array([0.5, 0.2], np.float32), np.array([[1.0], [0.5]], np.float32)
+    case = make_case(y_true, y_pred, name="CategoricalCrossentropy", axis=1, reduction="sum")
+    tally = Tally()
+    tally.add(judge(case, None, ours(case)))
+    assert tally.outcomes[AGREES] == 1 and tally.points[0].classes == 1

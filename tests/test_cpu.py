@@ -13,21 +13,31 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_bits_are_the_same_for_any_number_of_threads(shape, model):
-    z, y, g = rows(shape[-1], model, shape=shape[:-1])
-    if len(shape) > 2:
-        z = z.movedim(-1, 1).contiguous().movedim(1, -1)
+def results_of_threads(compute):
+    """What it returns with one, two and three threads."""
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(loss_and_gradient(z, y, g, model))
+            results.append(compute())
     finally:
         torch.set_num_threads(1)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    return results
+
+
+def laid_out(z):
+    """Maps channels first."""
+    return z.movedim(-1, 1).contiguous().movedim(1, -1) if z.ndim > 2 else z
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_bits_are_the_same_for_any_number_of_threads(shape, model):
+    z, y, g = rows(shape[-1], model, shape=shape[:-1])
+    z = laid_out(z)
+    first, *others = results_of_threads(lambda: loss_and_gradient(z, y, g, model))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -35,19 +45,15 @@ def test_the_bits_are_the_same_for_any_number_of_threads(shape, model):
 def test_the_bits_of_targets_are_the_same_for_any_number_of_threads(shape, model):
     z, _, g = rows(shape[-1], model, shape=shape[:-1])
     t = rows(shape[-1], "probabilities", shape=shape[:-1], seed=1)[0]
-    if len(shape) > 2:
-        z, t = (x.movedim(-1, 1).contiguous().movedim(1, -1) for x in (z, t))
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            both = [x.detach().requires_grad_() for x in (z, t)]
-            losses = target_losses(both[0], both[1], MODELS[model])
-            results.append((losses.detach(), *torch.autograd.grad(losses, both, g)))
-    finally:
-        torch.set_num_threads(1)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    both = [laid_out(x).requires_grad_() for x in (z, t)]
+
+    def compute():
+        losses = target_losses(both[0], both[1], MODELS[model])
+        return losses.detach(), *torch.autograd.grad(losses, both, g)
+
+    first, *others = results_of_threads(compute)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("axis", [1, -1])

@@ -29,7 +29,8 @@ from .functional import (
     to_tensor,
 )
 from .kernels import is_traced
-from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy, _Loss
+from .options import family_class
 from .reduction import MEANS, fraction, reduce
 
 SHOWN = 12  # a longer batch is summarised by so many samples
@@ -337,9 +338,8 @@ def _contributions(values: Tensor, denominator: float | None, reduction: str | N
 
 def _plain(loss: Loss) -> Loss:
     """A loss with the same options, where `loss` may be of a subclass that has others."""
-    if isinstance(loss, SparseCategoricalCrossentropy):
-        return SparseCategoricalCrossentropy(**SparseCategoricalCrossentropy.get_config(loss))
-    return CategoricalCrossentropy(**CategoricalCrossentropy.get_config(loss))
+    ours = family_class(type(loss), _Loss)
+    return ours(**ours.get_config(loss))
 
 
 def _own_forward(loss: Loss, plain: Loss) -> Finding:

@@ -23,11 +23,25 @@ from .options import (
 )
 from .reduction import aligned, check_reduction, combine_masks, reduce
 
+Parser = Callable[[Any], Any]
+
+
+def _parsers(name: str, **own: Parser) -> dict[str, Parser]:
+    """Those of a loss's options, its `own` and what all have, in the order of its repr."""
+    return {
+        "from_logits": partial(check_flag, "from_logits"),
+        **own,
+        "reduction": check_reduction,
+        "axis": check_axis,
+        "name": partial(check_name, default=name),
+        "dtype": check_dtype,
+    }
+
 
 class _Loss(nn.Module):
     """What the losses share: options that are parsed whenever they are set, and their configs."""
 
-    _options: ClassVar[dict[str, Callable[[Any], Any]]]  # the parser of each, as repr has them
+    _options: ClassVar[dict[str, Parser]]
     dtype: torch.dtype
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -133,14 +147,9 @@ class SparseCategoricalCrossentropy(_Loss):
     SparseCategoricalCrossentropy(from_logits=False)
     """
 
-    _options: ClassVar = {
-        "from_logits": partial(check_flag, "from_logits"),
-        "ignore_class": check_ignore_class,
-        "reduction": check_reduction,
-        "axis": check_axis,
-        "name": partial(check_name, default="sparse_categorical_crossentropy"),
-        "dtype": check_dtype,
-    }
+    _options: ClassVar = _parsers(
+        "sparse_categorical_crossentropy", ignore_class=check_ignore_class
+    )
 
     def __init__(
         self,
@@ -253,14 +262,7 @@ class CategoricalCrossentropy(_Loss):
     CategoricalCrossentropy(from_logits=False, label_smoothing=0.1)
     """
 
-    _options: ClassVar = {
-        "from_logits": partial(check_flag, "from_logits"),
-        "label_smoothing": check_smoothing,
-        "reduction": check_reduction,
-        "axis": check_axis,
-        "name": partial(check_name, default="categorical_crossentropy"),
-        "dtype": check_dtype,
-    }
+    _options: ClassVar = _parsers("categorical_crossentropy", label_smoothing=check_smoothing)
 
     def __init__(
         self,

@@ -25,8 +25,8 @@ from .reference import (
     _from_probabilities,
     _reduce,
     _Rows,
+    counted,
     flushed,
-    not_ignored,
 )
 
 ELEMENTS = 2**18  # of a block: a float64 copy of it stays in the caches
@@ -147,13 +147,8 @@ class _Whole:
         shape = shape[:axis] + shape[axis + 1 :]
         self.labels = case.y_true.reshape(shape)
         self.weight = _broadcastable(case.sample_weight, shape)
-        self.mask = _broadcastable(case.mask, shape)
-        self.counts = np.ones(shape, bool)
-        if case.options["ignore_class"] is not None:
-            self.counts &= not_ignored(self.labels, case.options["ignore_class"])
-            self.mask = self.counts * (1.0 if self.mask is None else self.mask)
-        if self.mask is not None:
-            self.counts &= np.broadcast_to(self.mask != 0, shape)
+        mask = _broadcastable(case.mask, shape)
+        self.counts, self.mask = counted(self.labels, case.options["ignore_class"], mask)
         factor = _factor(self.weight, self.mask, case.options["reduction"])
         self.factor = np.broadcast_to(np.abs(factor), shape)
         nothing = np.zeros(self.labels.size)

@@ -103,12 +103,7 @@ def _expected(case: Case, poisons: bool) -> Expected:
     weight = _broadcastable(case.sample_weight, shape)
     mask = _broadcastable(case.mask, shape)
 
-    counts = np.ones(shape, bool)
-    if options["ignore_class"] is not None:
-        counts &= not_ignored(labels, options["ignore_class"])
-        mask = counts * (1.0 if mask is None else mask)
-    if mask is not None:
-        counts &= np.broadcast_to(mask != 0, shape)
+    counts, mask = counted(labels, options["ignore_class"], mask)
     whole = np.trunc(labels.astype(float))
     known = (whole >= 0) & (whole < classes)
     if not known[counts].all() and not poisons:
@@ -122,9 +117,19 @@ def _expected(case: Case, poisons: bool) -> Expected:
     return _reduce(case, result, counts, bad, weight, mask, reduction, axis, dtype)
 
 
-def not_ignored(labels: np.ndarray, ignore_class) -> np.ndarray:
-    """Which labels differ from a class; NumPy would round it to the labels' dtype."""
-    return (labels.astype(np.float64) if labels.dtype.kind == "f" else labels) != ignore_class
+def counted(
+    labels: np.ndarray, ignore_class, mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which samples count, and the mask that says so; None if there is none."""
+    counts = np.ones(labels.shape, bool)
+    if ignore_class is not None:
+        # NumPy would round the class to the labels' dtype.
+        exact = labels.astype(np.float64) if labels.dtype.kind == "f" else labels
+        counts &= exact != ignore_class
+        mask = counts * (1.0 if mask is None else mask)
+    if mask is not None:
+        counts &= np.broadcast_to(mask != 0, labels.shape)
+    return counts, mask
 
 
 def _expected_of_targets(case: Case, y_true, q, reduction, dtype: str) -> Expected:

@@ -64,14 +64,16 @@ def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = Fals
     if _needs_plain_operations(z, y):
         z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, clip)
+    shape, kernels = y.shape, _kernels(z)
     if y.ndim == 0:
-        return row_losses(z.unsqueeze(0), y.unsqueeze(0), clip, all_classes).squeeze(0)
-    if y.ndim > 1 and z.is_contiguous():
-        return row_losses(z.flatten(0, -2), y.flatten(), clip, all_classes).view(y.shape)
-    kernels = _kernels(z)
+        z, y = z.unsqueeze(0), y.unsqueeze(0)
+    elif y.ndim > 1 and z.is_contiguous():
+        z, y = z.flatten(0, -2), y.flatten()
     if kernels is cpu and clip is None and cpu.is_small(z):
-        return cpu.small_losses(z, y, all_classes)
-    return _RowLosses.apply(z, y, clip, all_classes, kernels)
+        losses = cpu.small_losses(z, y, all_classes)
+    else:
+        losses = _RowLosses.apply(z, y, clip, all_classes, kernels)
+    return losses if losses.shape == shape else losses.view(shape)
 
 
 def target_losses(

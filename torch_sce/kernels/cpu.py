@@ -51,12 +51,10 @@ def small_losses(z: Tensor, y: Tensor, all_classes: bool) -> Tensor:
     if ignored is not None:
         z = z.masked_fill(ignored.unsqueeze(-1), 0)  # whatever they hold
     z = z if z.dtype == aten.row_dtype(z) else z.float()
-    if z.ndim > 2 and (z.stride(-1) == 1 or z.shape[-1] >= LONG):
-        z, label = z.reshape(-1, z.shape[-1]), label.flatten()
-    elif z.ndim > 2:
+    if z.stride(-1) == 1 or z.shape[-1] >= LONG:
+        z, label = z.contiguous().flatten(0, -2), label.flatten()
+    else:
         z = z.movedim(-1, 1)
-    elif z.shape[-1] >= LONG:
-        z = z.contiguous()
     loss = F.cross_entropy(z, label, reduction="none").view(y.shape) + 0  # never -0.0
     if poison is not None:
         loss = loss * poison
@@ -244,9 +242,9 @@ def _walk(z: Tensor, rows: Rows, picked: bool) -> Iterator[tuple[tuple, Tensor, 
     if picked:
         yield from _walk_picked(z, rows)
         return
-    views = [z[at] for at in rows]
     out = place = z.new_empty(())
-    for at, block in zip(rows, views, strict=True):
+    for at in rows:
+        block = z[at]
         if block.shape != out.shape:
             out = _scratch(block)
             place = torch.empty_like(out)

@@ -303,9 +303,12 @@ def _softmax(block: Tensor, out: Tensor) -> Tensor:
 def _block(z: Tensor) -> int:
     """How many predictions to take at a time.
 
-    A thirty-second, so far as that pays; all of `BLOCK` where the numbers of the rows are more.
+    A thirty-second, so far as that pays; all of `BLOCK` where the numbers of the rows are more. But
+    a row for each thread: PyTorch's softmax gives no row to two.
     """
-    return BLOCK if z.shape[-1] < LONG else min(BLOCK, max(BLOCK // 2, z.numel() // 32))
+    classes = z.shape[-1]
+    limit = BLOCK if classes < LONG else min(BLOCK, max(BLOCK // 2, z.numel() // 32))
+    return max(limit, classes * torch.get_num_threads())
 
 
 def _indices(rows: Tensor, classes: int) -> Iterator[tuple[Tensor, ...]]:

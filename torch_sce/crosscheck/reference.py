@@ -172,10 +172,9 @@ def _cast_predictions(case: Case) -> tuple[np.ndarray, str]:
     q, dtype = case.y_pred.astype(np.float64), case.loss_dtype
     if dtype not in UNIT:
         raise Refused("y_pred's dtype")
-    if dtype == "bfloat16":
-        q = to_bfloat16(q.astype(np.float32)).astype(np.float64)
-    else:
-        q = q.astype(dtype).astype(np.float64)
+    if dtype in ("float16", "bfloat16"):  # by way of float32, as PyTorch casts
+        q = q.astype(np.float32)
+    q = (to_bfloat16(q) if dtype == "bfloat16" else q.astype(dtype)).astype(np.float64)
     if case.form == "function" and dtype in ("float16", "bfloat16"):
         dtype = "float32"
     return q, dtype

@@ -91,9 +91,10 @@ def differs_from_reference(ours: Answer, right: Expected | None, case: Case) -> 
     for part in GRADIENTS:
         gradient, dtype = getattr(right, part), getattr(right, f"{part}_dtype")
         if gradient is not None and getattr(ours, part) is not None:
-            if part == "gradient":  # it goes through the loss's dtype on its way back
-                gradient = overflowed(gradient, right.dtype)
-            parts[part] = overflowed(gradient, dtype)
+            # Predictions are cast to the loss's dtype, targets to the one rows are computed in.
+            halves = part == "target_gradient" and right.dtype in ("float16", "bfloat16")
+            through = "float32" if halves else right.dtype
+            parts[part] = overflowed(overflowed(gradient, through), dtype)
             parts[f"{part}_dtype"] = dtype
     wanted = Answer(overflowed(right.value, right.dtype), right.dtype, **parts)
     # Halves are computed in float32: only the last rounding is theirs.

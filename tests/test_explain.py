@@ -15,7 +15,7 @@ import torch_sce
 from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy, explain
 from torch_sce.crosscheck.answers import _tensor, _tensors
 from torch_sce.crosscheck.draw import draw
-from torch_sce.reduction import REDUCTIONS
+from torch_sce.options import REDUCTIONS
 
 rng = np.random.default_rng(0)
 LOGITS = torch.tensor(rng.standard_normal((64, 10)), dtype=torch.float32)
@@ -632,7 +632,7 @@ def test_the_mends_for_labels_from_1_with_a_void_work_in_any_order():
     assert wrong(found) == ["labels that look like an ignore value", "labels that start at 1"]
     ignoring = logits_loss(ignore_class=255)
     for loss in (logits_loss(), ignoring):
-        mend = explain(loss, labels, LOGITS).findings[-1].mend
+        mend = explain(loss, labels, LOGITS).findings[-1].fix
         assert mend == "Subtract 1: pass torch.where(y_true == 255, 255, y_true - 1)."
     assert wrong(explain(ignoring, torch.where(void, 255, labels - 1), LOGITS)) == []
 

@@ -14,7 +14,7 @@ from torch_sce import (
     SparseCategoricalCrossentropy,
     sparse_categorical_crossentropy,
 )
-from torch_sce.functional import class_numbers
+from torch_sce.samples import class_numbers
 
 LABEL_DTYPES = (
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,

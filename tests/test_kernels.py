@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from ulps import ulps
 
 from torch_sce import kernels
-from torch_sce.functional import CLIP
+from torch_sce.samples import CLIP
 from torch_sce.kernels import IGNORED, aten, cpu
 
 # One: nothing to choose; 2: the least; 7: no power of two; many: several vectors and tiles.

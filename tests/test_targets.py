@@ -16,7 +16,7 @@ from torch_sce import (
     SparseCategoricalCrossentropy,
     categorical_crossentropy,
 )
-from torch_sce.functional import CLIP
+from torch_sce.samples import CLIP
 from torch_sce.kernels import cpu, target_losses, targets
 
 MODELS = {"logits": None, "probabilities": CLIP[torch.float32]}

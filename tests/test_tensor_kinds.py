@@ -31,7 +31,7 @@ from torch_sce import (
     sparse_categorical_accuracy,
     sparse_categorical_crossentropy,
 )
-from torch_sce.functional import CLIP
+from torch_sce.samples import CLIP
 from torch_sce.kernels import IGNORED, aten, cpu, targets
 
 pytestmark = pytest.mark.skipif("torch.get_default_device().type != 'cpu'")
@@ -655,5 +655,5 @@ class TestProcesses:
             assert losses.is_meta and losses.shape == (1,) and losses.dtype == torch.float32
             z = torch.tensor([[0.0, 1.0]], device="cpu")
             torch_sce.SparseCategoricalCrossentropy()([1], z).item()
-            assert torch_sce.functional.CLIP[torch.float32][1] == 1 - 2**-23
+            assert torch_sce.samples.CLIP[torch.float32][1] == 1 - 2**-23
         """)

@@ -9,20 +9,17 @@ never right. Labels are compared as they are: 257 is not 256, although it would 
 import torch
 from torch import Tensor
 
-from .functional import (
-    HALVES,
-    ArrayLike,
-    check_targets,
+from .arrays import HALVES, ArrayLike, float64_on, to_tensor
+from .kernels import whole_rows
+from .options import parse_flag, parse_k
+from .samples import (
     class_axis,
     class_numbers,
-    float64_on,
     labels_for,
     match_ranks,
-    to_tensor,
+    require_targets,
     values_can_be_read,
 )
-from .kernels import whole_rows
-from .options import check_flag, check_k
 
 
 def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
@@ -111,7 +108,7 @@ def sparse_top_k_categorical_accuracy(
     >>> sparse_top_k_categorical_accuracy([2, 3], y_pred, k=2).tolist()
     [1.0, 0.0]
     """
-    k, from_sorted_ids = check_k(k), check_flag("from_sorted_ids", from_sorted_ids)
+    k, from_sorted_ids = parse_k(k), parse_flag("from_sorted_ids", from_sorted_ids)
     y_pred = _batch(to_tensor("y_pred", y_pred))
     y_true = to_tensor("y_true", y_true, y_pred)
     labels = labels_for(y_true, y_pred, class_axis(-1, y_pred), "TopKCategoricalAccuracy")
@@ -146,7 +143,7 @@ def top_k_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike, k: int = 5)
     >>> top_k_categorical_accuracy(y_true, y_pred, k=1).tolist()
     [0.0, 1.0]
     """
-    k = check_k(k)
+    k = parse_k(k)
     y_true, y_pred = _with_targets(y_true, y_pred, "SparseTopKCategoricalAccuracy")
     return _in_top_k(_largest(y_true), _batch(y_pred), k).float()
 
@@ -171,7 +168,7 @@ def accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
 def _with_targets(y_true: ArrayLike, y_pred: ArrayLike, sibling: str) -> tuple[Tensor, Tensor]:
     y_pred = to_tensor("y_pred", y_pred)
     y_true = to_tensor("y_true", y_true, y_pred)
-    check_targets(y_true, y_pred, class_axis(-1, y_pred), sibling)
+    require_targets(y_true, y_pred, class_axis(-1, y_pred), sibling)
     return y_true, y_pred
 
 

@@ -1,6 +1,7 @@
-"""The losses as modules: they hold options and join `functional` with `reduction`."""
+"""The losses as modules: they hold options, and take a batch from its arguments to the value."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -8,20 +9,22 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .functional import ArrayLike
+from .arrays import ArrayLike
+from .kernels import row_losses, target_losses
 from .options import (
-    check_axis,
-    check_dtype,
-    check_flag,
-    check_ignore_class,
-    check_name,
-    check_smoothing,
     family_class,
     options_in,
+    parse_axis,
+    parse_dtype,
+    parse_flag,
+    parse_ignore_class,
+    parse_name,
+    parse_reduction,
+    parse_smoothing,
     shown_options,
 )
-from .reduction import aligned, check_reduction, combine_masks, reduce
+from .reduction import reduce
+from .samples import Samples, prepare, prepare_targets
 
 Parser = Callable[[Any], Any]
 
@@ -29,12 +32,12 @@ Parser = Callable[[Any], Any]
 def _parsers(name: str, **own: Parser) -> dict[str, Parser]:
     """Those of a loss's options, its `own` and what all have, in the order of its repr."""
     return {
-        "from_logits": partial(check_flag, "from_logits"),
+        "from_logits": partial(parse_flag, "from_logits"),
         **own,
-        "reduction": check_reduction,
-        "axis": check_axis,
-        "name": partial(check_name, default=name),
-        "dtype": check_dtype,
+        "reduction": parse_reduction,
+        "axis": parse_axis,
+        "name": partial(parse_name, default=name),
+        "dtype": parse_dtype,
     }
 
 
@@ -42,6 +45,7 @@ class _Loss(nn.Module):
     """What the losses share: options that are parsed whenever they are set, and their configs."""
 
     _options: ClassVar[dict[str, Parser]]
+    reduction: str | None
     dtype: torch.dtype
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -57,9 +61,62 @@ class _Loss(nn.Module):
         parse = self._options.get(name)
         super().__setattr__(name, value if parse is None else parse(value))
 
+    def forward(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+    ) -> Tensor:
+        """The loss: a scalar, or one value for each position if the reduction is "none".
+
+        What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
+
+        Args:
+            y_true: labels or targets, as the class says.
+            y_pred: predictions, (..., C); any real dtype.
+            sample_weight: a scalar, or a shape that broadcasts to the losses' shape, `y_pred`'s
+                without its class axis.
+            mask: as `sample_weight`. Positions with mask 0 do not count: their labels,
+                predictions and weights are not read.
+
+        Returns:
+            The value, in the loss's dtype. A gradient is in the dtype of what it is taken of.
+
+        Raises:
+            ValueError: shapes that do not fit (arguments in PyTorch's order, one-hot labels, a
+                weight that would enlarge the loss), an axis out of range, a label out of range.
+            TypeError: strings, complex numbers.
+        """
+        samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
+        losses = self._losses(samples)
+        return reduce(losses, samples.weight, samples.mask, self.reduction).to(self.dtype)
+
     def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
-        """The losses per position."""
-        raise NotImplementedError
+        """The losses per position, before weights and reduction: Keras's `Loss.call`.
+
+        As in Keras, `dtype` and `reduction` do not matter here.
+
+        >>> loss = SparseCategoricalCrossentropy()
+        >>> [round(x, 4) for x in loss.call([1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]).tolist()]
+        [0.0513, 2.3026]
+        """
+        return self._losses(self._prepare(y_true, y_pred, None, None, None))
+
+    @abstractmethod
+    def _prepare(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike,
+        sample_weight: ArrayLike | None,
+        mask: ArrayLike | None,
+        dtype: torch.dtype | None,
+    ) -> Samples:
+        """The arguments as one checked value, predictions in this dtype or their own."""
+
+    @abstractmethod
+    def _losses(self, samples: Samples) -> Tensor:
+        """One loss for each position, 0 for one that does not count."""
 
     def as_criterion(self) -> nn.Module:
         """This loss as a module called with predictions first: `criterion(input, target)`.
@@ -131,6 +188,11 @@ class SparseCategoricalCrossentropy(_Loss):
 
     Options may be set later, `loss.reduction = "sum"`, under the same rules.
 
+    The call is `loss(y_true, y_pred, sample_weight=None, mask=None)`. Labels have `y_pred`'s shape
+    without its class axis, or with a size of 1 there: any integer dtype, bool, or floats, which are
+    truncated toward zero. On the CPU in eager mode a label that counts and is outside `[0, C)` is a
+    ValueError; on other devices and under `torch.compile` it makes its own loss and gradient NaN.
+
     Raises:
         ValueError: an unknown reduction or name of a dtype.
         TypeError: an axis that is not an integer, a dtype that is not floating-point.
@@ -148,7 +210,7 @@ class SparseCategoricalCrossentropy(_Loss):
     """
 
     _options: ClassVar = _parsers(
-        "sparse_categorical_crossentropy", ignore_class=check_ignore_class
+        "sparse_categorical_crossentropy", ignore_class=parse_ignore_class
     )
 
     def __init__(
@@ -168,67 +230,20 @@ class SparseCategoricalCrossentropy(_Loss):
         self.name = name
         self.dtype = dtype
 
-    def forward(
-        self,
-        y_true: ArrayLike,
-        y_pred: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-    ) -> Tensor:
-        """The loss: a scalar, or one value per sample if the reduction is "none".
-
-        Args:
-            y_true: labels, `y_pred`'s shape without its class axis, or with a size of 1 there. Any
-                integer dtype, bool, or floats, which are truncated toward zero.
-            y_pred: predictions, (..., C); any real dtype.
-            sample_weight: a scalar, or a shape that broadcasts to the losses' shape.
-            mask: as `sample_weight`. Where it is zero a sample does not count, and its label, its
-                predictions and its weight do not matter.
-
-        What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
-
-        Returns:
-            The value, in the loss's dtype. The gradient is in `y_pred`'s dtype.
-
-        Raises:
-            ValueError: shapes that do not fit (arguments in PyTorch's order, one-hot labels, a
-                weight that would enlarge the loss), an axis out of range, or, on the CPU in eager
-                mode, a label that counts and is outside `[0, C)`. On other devices and under
-                `torch.compile` such a label gives NaN in its own loss and gradient.
-            TypeError: strings, complex numbers.
-        """
-        parts = self._losses(y_true, y_pred, sample_weight, mask)
-        return _reduced(*parts, self.reduction, self.dtype)
-
-    def _losses(
-        self, y_true: ArrayLike, y_pred: ArrayLike, sample_weight: Any, mask: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The samples' losses, 0 where one does not count, their weights and their mask."""
-        y_pred = _cast(functional.to_tensor("y_pred", y_pred), self.dtype)
-        y_true = functional.to_tensor("y_true", y_true, y_pred)
-        axis = functional.class_axis(self.axis, y_pred)
-        labels = functional.labels_for(y_true, y_pred, axis)
-        weight = aligned("sample_weight", sample_weight, y_pred, labels.shape)
-        mask = aligned("mask", mask, y_pred, labels.shape)
-        mask = combine_masks(mask, functional.not_ignored(labels, self.ignore_class))
-        counted = None if mask is None else mask.bool().expand(labels.shape)
-        losses = functional.sample_losses(
-            labels, y_pred, counted, self.from_logits, axis, self.dtype
+    def _prepare(self, y_true, y_pred, sample_weight, mask, dtype):
+        return prepare(
+            y_true,
+            y_pred,
+            sample_weight,
+            mask,
+            from_logits=self.from_logits,
+            axis=self.axis,
+            ignore_class=self.ignore_class,
+            dtype=dtype,
         )
-        return losses, weight, mask
 
-    def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
-        """The losses per position, before weights and reduction: Keras's `Loss.call`.
-
-        That is the function `sparse_categorical_crossentropy` with this loss's `from_logits`,
-        `ignore_class` and `axis`. As in Keras, `dtype` and `reduction` do not matter here.
-
-        >>> loss = SparseCategoricalCrossentropy()
-        >>> [round(x, 4) for x in loss.call([1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]).tolist()]
-        [0.0513, 2.3026]
-        """
-        options = (self.from_logits, self.ignore_class, self.axis)
-        return functional.sparse_categorical_crossentropy(y_true, y_pred, *options)
+    def _losses(self, samples):
+        return row_losses(samples.z, samples.y, samples.counted, samples.clip, samples.in_range)
 
 
 class CategoricalCrossentropy(_Loss):
@@ -244,6 +259,10 @@ class CategoricalCrossentropy(_Loss):
             y becomes y * (1 - label_smoothing) + label_smoothing / C.
         axis: the class axis of targets and predictions.
         reduction, name, dtype: as for `SparseCategoricalCrossentropy`.
+
+    The call is `loss(y_true, y_pred, sample_weight=None, mask=None)`. Targets have `y_pred`'s shape
+    and any real dtype. They need not sum to 1, and get a gradient if they require one. Shapes do
+    not tell targets from predictions: mind the order.
 
     Raises:
         ValueError: an unknown reduction or name of a dtype, a `label_smoothing` out of range.
@@ -262,7 +281,7 @@ class CategoricalCrossentropy(_Loss):
     CategoricalCrossentropy(from_logits=False, label_smoothing=0.1)
     """
 
-    _options: ClassVar = _parsers("categorical_crossentropy", label_smoothing=check_smoothing)
+    _options: ClassVar = _parsers("categorical_crossentropy", label_smoothing=parse_smoothing)
 
     def __init__(
         self,
@@ -281,70 +300,20 @@ class CategoricalCrossentropy(_Loss):
         self.name = name
         self.dtype = dtype
 
-    def forward(
-        self,
-        y_true: ArrayLike,
-        y_pred: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-    ) -> Tensor:
-        """The loss: a scalar, or one value per sample if the reduction is "none".
-
-        Args:
-            y_true: targets in `y_pred`'s shape, of any real dtype. They need not sum to 1, and
-                get a gradient if they require one.
-            y_pred: predictions, (..., C); any real dtype.
-            sample_weight: a scalar, or a shape that broadcasts to the losses' shape.
-            mask: as `sample_weight`. Where it is zero a sample does not count, and its targets, its
-                predictions and its weight do not matter.
-
-        What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
-        Shapes do not tell targets from predictions: mind the order.
-
-        Returns:
-            The value, in the loss's dtype. Gradients are in the dtypes of what they are of.
-
-        Raises:
-            ValueError: shapes that do not fit (class numbers, a weight that would enlarge the
-                loss), an axis out of range.
-            TypeError: strings, complex numbers.
-        """
-        parts = self._losses(y_true, y_pred, sample_weight, mask)
-        return _reduced(*parts, self.reduction, self.dtype)
-
-    def _losses(
-        self, y_true: ArrayLike, y_pred: ArrayLike, sample_weight: Any, mask: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The samples' losses, 0 where one does not count, their weights and their mask."""
-        y_pred = _cast(functional.to_tensor("y_pred", y_pred), self.dtype)
-        y_true = functional.to_tensor("y_true", y_true, y_pred)
-        y_true, y_pred = functional.match_ranks(y_true, y_pred)
-        axis = functional.class_axis(self.axis, y_pred)
-        functional.check_targets(y_true, y_pred, axis)
-        shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
-        weight = aligned("sample_weight", sample_weight, y_pred, shape)
-        mask = aligned("mask", mask, y_pred, shape)
-        counted = None if mask is None else mask.bool().expand(shape)
-        losses = functional.sample_losses_of_targets(
-            y_true, y_pred, counted, self.from_logits, self.label_smoothing, axis, self.dtype
+    def _prepare(self, y_true, y_pred, sample_weight, mask, dtype):
+        return prepare_targets(
+            y_true,
+            y_pred,
+            sample_weight,
+            mask,
+            from_logits=self.from_logits,
+            axis=self.axis,
+            dtype=dtype,
         )
-        return losses, weight, mask
 
-    def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
-        """The losses per position, before weights and reduction: Keras's `Loss.call`.
-
-        That is the function `categorical_crossentropy` with this loss's `from_logits`,
-        `label_smoothing` and `axis`. As in Keras, `dtype` and `reduction` do not matter here.
-
-        >>> loss = CategoricalCrossentropy()
-        >>> [round(x, 4) for x in loss.call([[0, 1, 0]], [[0.05, 0.95, 0]]).tolist()]
-        [0.0513]
-        """
-        y_pred = functional.floats(y_pred)
-        y_true = functional.to_tensor("y_true", y_true, y_pred)
-        y_true, y_pred = functional.match_ranks(y_true, y_pred)
-        options = (self.from_logits, self.label_smoothing, self.axis)
-        return functional.categorical_crossentropy(y_true, y_pred, *options)
+    def _losses(self, samples):
+        smoothing = self.label_smoothing
+        return target_losses(samples.z, samples.y, samples.counted, samples.clip, smoothing)
 
 
 class _Criterion(nn.Module):
@@ -362,19 +331,3 @@ class _Criterion(nn.Module):
         mask: ArrayLike | None = None,
     ) -> Tensor:
         return self.loss(target, input, sample_weight, mask)
-
-
-def _cast(y_pred: Tensor, dtype: torch.dtype) -> Tensor:
-    """Predictions in the loss's dtype, or in a narrower one that the kernels widen by rows."""
-    widens = dtype == torch.float32 and y_pred.dtype in functional.HALVES
-    return y_pred if widens or y_pred.dtype == dtype else y_pred.to(dtype)
-
-
-def _reduced(
-    losses: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    reduction: str | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return reduce(losses, weight, mask, reduction).to(dtype)

@@ -41,20 +41,22 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(message, name=missing.name) from missing
 
 from . import accuracy, functional
-from .functional import ArrayLike
+from .arrays import ArrayLike, to_tensor
+from .kernels import row_losses
 from .options import (
-    check_axis,
-    check_dtype,
-    check_flag,
-    check_ignore_class,
-    check_k,
-    check_name,
-    check_smoothing,
     family_class,
     options_in,
+    parse_axis,
+    parse_dtype,
+    parse_flag,
+    parse_ignore_class,
+    parse_k,
+    parse_name,
+    parse_smoothing,
     shown_options,
 )
-from .reduction import over_leading_axes, sample_means
+from .reduction import sample_means
+from .samples import leading, over_leading_axes, prepare
 
 __all__ = [
     "Accuracy",
@@ -123,7 +125,7 @@ class _Mean(Metric):
 
     @name.setter
     def name(self, name: str | None) -> None:
-        vars(self)["name"] = check_name(name, _snake_case(type(self).__name__))
+        vars(self)["name"] = parse_name(name, _snake_case(type(self).__name__))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +134,7 @@ class _Mean(Metric):
 
     @dtype.setter
     def dtype(self, dtype: Any) -> None:
-        self.result_dtype = check_dtype(dtype)
+        self.result_dtype = parse_dtype(dtype)
 
     def set_dtype(self, dst_type: Any) -> Self:
         """Sets `dtype`: torchmetrics' call, which would round total and count."""
@@ -168,15 +170,15 @@ class _Mean(Metric):
     ) -> None:
         """Adds a batch: `update_state` with predictions first, as torchmetrics has it."""
         with torch.no_grad():
-            preds = functional.to_tensor("y_pred", preds)
-            if sample_weight is not None:
-                sample_weight = functional.to_tensor("sample_weight", sample_weight, preds)
-            if mask is not None:
-                mask = functional.to_tensor("mask", mask, preds)
-            values, counted = self._values(target, preds, mask)
-            if sample_weight is None and mask is None:
-                counted = None
-            total, count = sample_means(values, sample_weight, mask, counted)
+            preds = to_tensor("y_pred", preds)
+            values, kept = self._values(target, preds, mask)
+            weights = [
+                None if x is None else leading(name, to_tensor(name, x, preds), values.shape)
+                for name, x in (("sample_weight", sample_weight), ("mask", mask))
+            ]
+            if weights == [None, None]:
+                kept = None
+            total, count = sample_means(values, *weights, kept)
             setattr(self, self._names[0], self.total + total)
             setattr(self, self._names[1], self.count + count)
 
@@ -237,7 +239,7 @@ class _Mean(Metric):
         return shown_options(_Mean.get_config(self), _Mean.get_config(default))
 
     def _values(
-        self, y_true: ArrayLike, y_pred: Tensor, mask: Tensor | None
+        self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None
     ) -> tuple[Tensor, Tensor | None]:
         """A value for each sample; and which are not ignored."""
         raise NotImplementedError
@@ -328,8 +330,8 @@ class SparseTopKCategoricalAccuracy(_Mean):
         from_sorted_ids: bool = False,
         **kwargs: Any,
     ) -> None:
-        sorted_ids = check_flag("from_sorted_ids", from_sorted_ids)
-        super().__init__(name, dtype, {"k": check_k(k), "from_sorted_ids": sorted_ids}, **kwargs)
+        sorted_ids = parse_flag("from_sorted_ids", from_sorted_ids)
+        super().__init__(name, dtype, {"k": parse_k(k), "from_sorted_ids": sorted_ids}, **kwargs)
 
     def _values(self, y_true, y_pred, mask):
         return accuracy.sparse_top_k_categorical_accuracy(y_true, y_pred, **self.options), None
@@ -355,7 +357,7 @@ class TopKCategoricalAccuracy(_Mean):
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name, dtype, {"k": check_k(k)}, **kwargs)
+        super().__init__(name, dtype, {"k": parse_k(k)}, **kwargs)
 
     def _values(self, y_true, y_pred, mask):
         return accuracy.top_k_categorical_accuracy(y_true, y_pred, **self.options), None
@@ -390,24 +392,18 @@ class SparseCategoricalCrossentropy(_Mean):
         **kwargs: Any,
     ) -> None:
         options = {
-            "from_logits": check_flag("from_logits", from_logits),
-            "ignore_class": check_ignore_class(ignore_class),
-            "axis": check_axis(axis),
+            "from_logits": parse_flag("from_logits", from_logits),
+            "ignore_class": parse_ignore_class(ignore_class),
+            "axis": parse_axis(axis),
         }
         super().__init__(name, dtype, options, **kwargs)
 
     def _values(self, y_true, y_pred, mask):
-        y_pred = functional.floats(y_pred)
         # PyTorch 2.6 does not compile the options as attributes.
-        axis = functional.class_axis(self.options["axis"], y_pred)
-        y_true = functional.to_tensor("y_true", y_true, y_pred)
-        labels = functional.labels_for(y_true, y_pred, axis)
-        counted = kept = functional.not_ignored(labels, self.options["ignore_class"])
-        if mask is not None:
-            shown = over_leading_axes("mask", mask, labels.shape).bool().expand(labels.shape)
-            counted = shown if kept is None else shown & kept
-        logits, dtype = self.options["from_logits"], y_pred.dtype
-        return functional.sample_losses(labels, y_pred, counted, logits, axis, dtype), kept
+        options = {**self.options, "broadcast": over_leading_axes}
+        samples = prepare(y_true, y_pred, mask=mask, **options)
+        z, y, counted = samples.z, samples.y, samples.counted
+        return row_losses(z, y, counted, samples.clip, samples.in_range), samples.kept
 
 
 class CategoricalCrossentropy(_Mean):
@@ -438,9 +434,9 @@ class CategoricalCrossentropy(_Mean):
         **kwargs: Any,
     ) -> None:
         options = {
-            "from_logits": check_flag("from_logits", from_logits),
-            "label_smoothing": check_smoothing(label_smoothing),
-            "axis": check_axis(axis),
+            "from_logits": parse_flag("from_logits", from_logits),
+            "label_smoothing": parse_smoothing(label_smoothing),
+            "axis": parse_axis(axis),
         }
         super().__init__(name, dtype, options, **kwargs)
 

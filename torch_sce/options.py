@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MEANS = ("sum_over_batch_size", "mean", "auto")
+REDUCTIONS = (*MEANS, "sum", "mean_with_sample_weight", "none", None)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_flag(name: str, value: Any) -> bool:
+def parse_flag(name: str, value: Any) -> bool:
     """Whether an option is on, as Keras takes it, but for what can only be a slip."""
     if value is None or isinstance(value, (numbers.Real, np.bool_)):
         return bool(value)
@@ -24,11 +26,11 @@ def check_flag(name: str, value: Any) -> bool:
     )
 
 
-def check_axis(axis: Any) -> int:
+def parse_axis(axis: Any) -> int:
     return _integer("axis", axis)
 
 
-def check_ignore_class(ignore_class: Any) -> Any:
+def parse_ignore_class(ignore_class: Any) -> Any:
     if isinstance(ignore_class, np.generic):
         ignore_class = ignore_class.item()
     if ignore_class is None or isinstance(ignore_class, numbers.Real):
@@ -36,7 +38,7 @@ def check_ignore_class(ignore_class: Any) -> Any:
     raise TypeError(f"ignore_class must be a number or None, got {ignore_class!r}")
 
 
-def check_smoothing(label_smoothing: Any) -> float:
+def parse_smoothing(label_smoothing: Any) -> float:
     if label_smoothing is None:
         return 0.0
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
@@ -46,7 +48,7 @@ def check_smoothing(label_smoothing: Any) -> float:
     return float(label_smoothing)
 
 
-def check_k(k: Any) -> int:
+def parse_k(k: Any) -> int:
     if isinstance(k, Tensor):
         raise TypeError(f"k must be an integer, got {k!r}")
     k = _integer("k", k)
@@ -63,7 +65,13 @@ def _integer(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-def check_name(name: Any, default: str) -> str:
+def parse_reduction(reduction: str | None) -> str | None:
+    if not isinstance(reduction, (str, type(None))) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    return reduction
+
+
+def parse_name(name: Any, default: str) -> str:
     if name is not None and not isinstance(name, str):
         kind = "a tensor" if isinstance(name, Tensor) else repr(name)
         raise TypeError(
@@ -73,7 +81,7 @@ def check_name(name: Any, default: str) -> str:
     return name or default
 
 
-def check_dtype(dtype: Any) -> torch.dtype:
+def parse_dtype(dtype: Any) -> torch.dtype:
     """A floating-point torch dtype from any of the things that name one."""
     if dtype is None:
         return torch.float32

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from ..explain import Explanation, explain
 from ..losses import SparseCategoricalCrossentropy
-from ..options import check_dtype
-from ..reduction import REDUCTIONS
+from ..options import REDUCTIONS, parse_dtype
 from . import report
 from .answers import TARGET, Answer, LiveOracle, our_versions, ours
 from .blocks import judge_in_blocks, measured, refusal
@@ -70,7 +69,7 @@ def _number(text: str) -> float:
 
 def _dtype(text: str) -> str:
     try:
-        return str(check_dtype(text)).removeprefix("torch.")
+        return str(parse_dtype(text)).removeprefix("torch.")
     except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

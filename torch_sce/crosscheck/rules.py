@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import CLIP, class_numbers, labels_for, not_ignored, to_tensor
-from ..reduction import aligned, combine_masks, fraction
+from ..arrays import to_tensor
+from ..kernels.aten import clamp_inclusive
+from ..reduction import numerator_and_denominator
+from ..samples import CLIP, aligned, class_numbers, combine_masks, labels_for, not_ignored
 from .blocks import Gaps, blocks_of, measured
 from .cases import Case
 
@@ -55,8 +57,8 @@ class Inputs:
         self.kept = not_ignored(labels, case.options["ignore_class"])
         none = torch.zeros_like(labels, dtype=torch.bool)
         self.ignored = none if self.kept is None else ~self.kept
-        self.mask = aligned("mask", case.mask, self.x, labels.shape)
-        self.weight = aligned("sample_weight", case.sample_weight, self.x, labels.shape)
+        given = (case.sample_weight, case.mask)
+        self.weight, self.mask = aligned(*given, self.x, labels.shape)
 
     def usual(self, x: Tensor) -> tuple[Tensor, str]:
         """`F.cross_entropy` as it is usually written, with the code."""
@@ -117,8 +119,8 @@ class Inputs:
         """What Keras's reduction divides by."""
         mask = combine_masks(self.mask, self.kept)
         zeros = torch.zeros(self.labels.shape, dtype=self.dtype)
-        _, count = fraction(zeros, self.weight, mask, self.case.options["reduction"])
-        return 1.0 if count is None else float(count)
+        given = (zeros, self.weight, mask, self.case.options["reduction"])
+        return float(numerator_and_denominator(*given)[1])
 
     def value(self, rules: set[str], gaps: Gaps) -> float:
         """The loss by these rules, the others are PyTorch's; its gradient goes to `gaps`."""
@@ -141,7 +143,7 @@ class Inputs:
         if "precision" in rules:
             rows = rows.to(self.dtype)
         if "probabilities" in rules:
-            c = rows.clamp(*CLIP[self.dtype])
+            c = clamp_inclusive(rows, *CLIP[self.dtype])
             log = c.log() - c.sum(-1, keepdim=True).log()
             return F.nll_loss(log, y, reduction="none").double()
         return F.cross_entropy(rows, y, reduction="none").double()
@@ -149,7 +151,7 @@ class Inputs:
     def reduced(self, losses: Tensor, rules: set[str], left_out: Tensor) -> Tensor:
         weight = self.weight if "sample_weight" in rules else None
         mask = self.mask if "mask" in rules else None
-        total = fraction(losses, weight, mask, self.case.options["reduction"])[0].sum()
+        total, _ = numerator_and_denominator(losses, weight, mask, self.case.options["reduction"])
         count = self.divisor if "denominator" in rules else float((~left_out).sum())
         return total / count if count else total
 

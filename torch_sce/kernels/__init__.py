@@ -1,102 +1,81 @@
-"""Rows of predictions: their losses and gradients, whatever the device.
+"""Losses of rows of predictions, whatever the device: the choice of kernels, and autograd.
 
-A row of C predictions with a label y is summarised by three numbers, which give its loss (in
-nats) and its gradient:
+`contract` has the formulas, and what a module of kernels consists of:
 
-    from logits z:         m = max_j z_j    s = sum_j exp(z_j - m)    p = z_y
-    from probabilities q:  m = 0            s = sum_j c_j             p = c_y
-
-                           c = clip(q, low, high)
-
-    logits:         loss = log s + (m - p)
-                    dz_j = g * (exp(z_j - m) / s - [j == y])
-
-    probabilities:  loss = log(s / p)
-                    dq_j = g * [low <= q_j <= high] * (1 / s - [j == y] / p)
-
-The second row model is what tf.keras does to probabilities (clip, log, softmax cross-entropy)
-without its logarithms and its softmax. Summaries of disjoint slices of the classes merge: take the
-larger m, rescale and add s, add p (0 where the label lies in another slice).
-
-Three traps of rounding shape this. `(m, s)` is kept for the backward pass and not m + log s: for
-logits with an offset of 1e5 that keeps the gradient's relative error at 7.5e-7, not 3.9e-3. The
-loss of logits is log s + (m - p), not (m + log s) - p, which is off by 5e-4 at an offset of 1e4.
-And the loss of probabilities takes one logarithm: log s and log p are both near -15 where all
-the probabilities are tiny, and their difference keeps only the digits that -15 has left.
+    aten            the definition, in PyTorch's operations; serves any device
+    cpu, cuda       for one device; they read memory and write into it
+    targets         rows whose label is a target for every class; serves any device
+    cuda_targets    the same for CUDA
 
 Rows come as z (..., C) and y (...). The last axis is the class axis, wherever it lies in memory,
 and predictions are not copied to have it elsewhere (but by `cuda`, where rows are left on more
-than three axes, as in a crop of a volume). A row whose label is `IGNORED` has loss 0 and gradient
-0, whatever it holds. A row whose label is neither that nor a class has loss NaN and gradient NaN.
-Nothing here knows of weights, masks or averages: a weight is the upstream gradient g of its row.
+than three axes, as in a crop of a volume). Nothing here knows of weights, masks or averages: a
+weight is the upstream gradient g of its row.
 
-`aten` has the definition, and serves any device. A module for one device, `cpu` or `cuda`, has its
-`forward` and `backward`; what the first returns behind the losses the second is given at the end.
-`targets` is about rows whose label is a target for every class, with formulas of their own: it
-serves any device with `forward_targets` and `backward_targets`, and `cuda` has these two as well.
-
-The modules for a device read memory and write into it. Tensors that are not plain (`are_plain`)
-take the definitions, `aten.row_losses` and `targets.losses`, which are PyTorch's operations.
+Tensors that are not plain (`are_plain`) take the definitions, `aten.row_losses` and
+`targets.losses`, which are PyTorch's operations.
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import aten, cpu, modes, targets
-from .aten import IGNORED, Clip
-from .targets import Smoothing
+from .contract import Clip, Kernels, TargetKernels
 
-__all__ = ["IGNORED", "are_plain", "row_losses", "target_losses", "whole_rows"]
+__all__ = ["Clip", "are_plain", "row_losses", "target_losses", "whole_rows"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def row_losses(z: Tensor, y: Tensor, clip: Clip = None, all_classes: bool = False) -> Tensor:
+def row_losses(
+    z: Tensor,
+    y: Tensor,
+    counted: Tensor | None = None,
+    clip: Clip = None,
+    in_range: bool = False,
+) -> Tensor:
     """The loss of every row, of y's shape: float64 for float64 z, otherwise float32.
 
-    `clip` says what z holds: None for logits, (low, high) for probabilities to be clipped to
-    these inclusive bounds. `all_classes` says that every label is known to be a class.
+    `counted`, `clip` and `in_range` are as `contract.Kernels` has them.
     """
-    if _needs_plain_operations(z, y):
+    if _needs_plain_operations(z, y, counted):
         z = whole_rows(z)
-        return aten.row_losses(z.to(aten.row_dtype(z)), y, clip)
+        return aten.row_losses(z.to(aten.row_dtype(z)), y, counted, clip)
     shape, kernels = y.shape, _kernels(z)
     if y.ndim == 0:
-        z, y = z.unsqueeze(0), y.unsqueeze(0)
+        z, y, counted = z.unsqueeze(0), y.unsqueeze(0), _over(Tensor.unsqueeze, counted, 0)
     elif y.ndim > 1 and z.is_contiguous():
-        z, y = z.flatten(0, -2), y.flatten()
+        z, y, counted = z.flatten(0, -2), y.flatten(), _over(Tensor.flatten, counted)
     if kernels is cpu and clip is None and cpu.is_small(z):
-        losses = cpu.small_losses(z, y, all_classes)
+        losses = cpu.small_losses(z, y, counted, in_range)
     else:
-        losses = _RowLosses.apply(z, y, clip, all_classes, kernels)
+        losses = _RowLosses.apply(z, y, counted, clip, in_range, kernels)
     return losses if losses.shape == shape else losses.view(shape)
 
 
 def target_losses(
     z: Tensor,
     t: Tensor,
-    clip: Clip = None,
-    smoothing: Smoothing = None,
     counted: Tensor | None = None,
+    clip: Clip = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss of every row of z for the targets t of its shape: (...) for (..., C).
-
-    `clip` is as for `row_losses`. `smoothing`, (keep, share), makes t_j keep * t_j + share.
-    `counted`, (...), is false for rows that have loss 0 and gradient 0, whatever they hold.
-    """
+    """The loss of every row of z for the targets t of its shape: (...) for (..., C)."""
     if _needs_plain_operations(z, t, counted):
-        z, t = whole_rows(z), whole_rows(t)
-        return targets.losses(z, t, clip, smoothing, counted)
+        return targets.losses(whole_rows(z), whole_rows(t), counted, clip, smoothing)
     if z.device.type == "cpu" and targets.is_small(z, clip):
-        return targets.losses(z, t, clip, smoothing, counted)
-    if z.ndim == 1:
-        rows = None if counted is None else counted.unsqueeze(0)
-        return target_losses(z.unsqueeze(0), t.unsqueeze(0), clip, smoothing, rows).squeeze(0)
-    return _TargetLosses.apply(z, t, clip, smoothing, counted, _target_kernels(z, t))
+        return targets.losses(z, t, counted, clip, smoothing)
+    if z.ndim > 1:
+        return _TargetLosses.apply(z, t, counted, clip, smoothing, _target_kernels(z, t))
+    counted = _over(Tensor.unsqueeze, counted, 0)
+    return target_losses(z.unsqueeze(0), t.unsqueeze(0), counted, clip, smoothing).squeeze(0)
+
+
+def _over(operation, x: Tensor | None, *arguments):
+    return None if x is None else operation(x, *arguments)
 
 
 def _needs_plain_operations(*tensors: Tensor | None) -> bool:
@@ -121,61 +100,64 @@ class _RowLosses(torch.autograd.Function):
     """The losses of rows, by the kernels of z's device."""
 
     @staticmethod
-    def forward(ctx, z, y, clip, all_classes, kernels):
-        ctx.kernels, ctx.options = kernels, (clip, all_classes)
-        loss, *summary = kernels.forward(z, y, clip, all_classes)
-        ctx.save_for_backward(z, y, *summary)
+    def forward(ctx, z, y, counted, clip, in_range, kernels):
+        ctx.kernels, ctx.options = kernels, (clip, in_range)
+        loss, saved = kernels.forward(z, y, counted, clip, in_range)
+        ctx.save_for_backward(z, y, counted, *saved)
         return loss
 
     @staticmethod
     def backward(ctx, *upstream):
-        (g,), (z, y, *summary) = upstream, ctx.saved_tensors
-        no_more = (None, None, None, None)
-        if _needs_expression(g, z, y):
-            return _differentiable_gradients(g, z, y, ctx.options[0]), *no_more
-        return ctx.kernels.backward(g, z, y, *ctx.options, *summary), *no_more
+        (g,), (z, y, counted, *saved) = upstream, ctx.saved_tensors
+        if _needs_expression(g, z, y, counted):
+            dz = _differentiable_gradients(g, z, y, counted, ctx.options[0])
+        else:
+            dz = ctx.kernels.backward(g, z, y, counted, *ctx.options, tuple(saved))
+        return dz, None, None, None, None, None
 
 
 class _TargetLosses(torch.autograd.Function):
     """The losses of rows with a target for every class."""
 
     @staticmethod
-    def forward(ctx, z, t, clip, smoothing, counted, kernels):
+    def forward(ctx, z, t, counted, clip, smoothing, kernels):
         ctx.kernels, ctx.options = kernels, (clip, smoothing)
-        loss, *summary = kernels.forward_targets(z, t, clip, smoothing, counted)
-        ctx.save_for_backward(z, t, counted, *summary)
+        loss, saved = kernels.forward(z, t, counted, clip, smoothing)
+        ctx.save_for_backward(z, t, counted, *saved)
         return loss
 
     @staticmethod
     def backward(ctx, *upstream):
-        (g,), (z, t, counted, *summary) = upstream, ctx.saved_tensors
-        (clip, smoothing), needs = ctx.options, ctx.needs_input_grad[:2]
+        (g,), (z, t, counted, *saved) = upstream, ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
         if _needs_expression(g, z, t, counted):
-            both = targets.gradients(g, z, t, clip, smoothing, counted)
+            both = targets.gradients(g, z, t, counted, *ctx.options)
             found = [d if need else None for d, need in zip(both, needs, strict=True)]
         else:
-            options = (clip, smoothing, counted, needs)
-            found = ctx.kernels.backward_targets(g, z, t, *options, *summary)
+            found = ctx.kernels.backward(g, z, t, counted, *ctx.options, needs, tuple(saved))
         return *found, None, None, None, None
 
 
-def _kernels(z: Tensor) -> Any:
+def _kernels(z: Tensor) -> Kernels:
     """The module for z's device."""
     if z.is_cuda and z.dtype != torch.float64:
         return _cuda_kernels(z.device)
     return cpu if z.device.type == "cpu" else aten
 
 
-def _target_kernels(z: Tensor, t: Tensor) -> Any:
-    """`targets`, but where the kernels for z have such functions of their own."""
-    kernels = _kernels(z)
+def _target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
+    """`targets`, but where the kernels for z's device have their own."""
     # Which floats of 8 bits Triton can read depends on the device.
     eight_bits = t.is_floating_point() and t.element_size() == 1
-    return targets if eight_bits or kernels in (aten, cpu) else kernels
+    if eight_bits or _kernels(z) in (aten, cpu):
+        return targets
+    from . import cuda_targets  # not before: it imports Triton
+
+    return cuda_targets
 
 
 @functools.cache
-def _cuda_kernels(device: torch.device) -> Any:
+def _cuda_kernels(device: torch.device) -> Kernels:
     """`cuda`, or `aten` where there is no Triton, or none for this device."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return aten
@@ -218,8 +200,10 @@ def _needs_expression(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() or not are_plain(*tensors)
 
 
-def _differentiable_gradients(g: Tensor, z: Tensor, y: Tensor, clip: Clip) -> Tensor:
+def _differentiable_gradients(
+    g: Tensor, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip
+) -> Tensor:
     """The gradients as an expression in z."""
-    wide = aten.blank_ignored(z.to(aten.row_dtype(z)), y)
-    m, s, _ = aten.summarize(wide, y.clamp(0, z.shape[-1] - 1), clip)
-    return aten.row_gradients(g, wide, y, m, s, clip).to(z.dtype)
+    wide = aten.blanked(z.to(aten.row_dtype(z)), counted)
+    summary = aten.summarize(wide, y, clip)
+    return aten.row_gradients(g, wide, y, counted, clip, summary).to(z.dtype)

@@ -2,13 +2,7 @@
 
 `row_losses` is the plain, differentiable statement. `forward` and `backward` walk the rows a
 block at a time, so that what they compute with stays small: their only large tensor is the
-gradient itself. The formulas and the letters are explained in `torch_sce.kernels`.
-
-    z       (..., C)   logits, or probabilities if `clip` is given
-    y       (...)      label, int64
-    m s p   (...)      the summary of a row; p is q_y as it stands, `combine` clips it
-    g       (...)      upstream gradient of the row's loss
-    clip               None for logits; (low, high) for probabilities, both bounds inclusive
+gradient itself. `contract` has the formulas and the letters.
 """
 
 import itertools
@@ -18,18 +12,92 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-Clip = tuple[float, float] | None
-
-# The label of a row that does not count: loss 0, gradient 0. No data set has such a class.
-IGNORED = -(2**62)
+from .contract import Clip, Saved, Summary, loss_of, sums
 
 BLOCK = 2**26  # predictions at a time: on a device, launches cost more than memory
 
 
-def row_losses(z: Tensor, y: Tensor, clip: Clip) -> Tensor:
-    """The loss of every row, in operations that autograd and the compiler understand."""
-    z, label = blank_ignored(z, y), y.clamp(0, z.shape[-1] - 1)
-    return only_counted(combine(*summarize(z, label, clip), clip), y, z.shape[-1])
+def row_losses(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip) -> Tensor:
+    """The loss of every row, in operations that autograd, the compiler and DTensors understand."""
+    z = blanked(z, counted)
+    p = at_label(z, y.clamp(0, z.shape[-1] - 1))
+    if clip is None:
+        m = z.detach().amax(-1)  # cancels out of the loss, so no gradient need flow through it
+        loss = (z - m.unsqueeze(-1)).exp().sum(-1).log() + (m - p)
+    else:
+        loss = (clamp_inclusive(z, *clip).sum(-1) / clamp_inclusive(p, *clip)).log()
+    return finished(loss, y, counted, z.shape[-1])
+
+
+def forward(
+    z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
+) -> tuple[Tensor, Saved]:
+    """The loss of every row, and its summary."""
+    loss, *saved = (torch.empty_like(y, dtype=row_dtype(z)) for _ in range(4))
+    for rows in blocks(y.shape, z.shape[-1], BLOCK):
+        # Where no derivative is taken PyTorch's own clamp does, in a fifth of the time.
+        summary = summarize(z[rows].to(loss.dtype), y[rows], clip, torch.clamp)
+        loss[rows] = loss_of(summary, clip)
+        for whole, part in zip(saved, summary, strict=True):
+            whole[rows] = part
+    if not in_range or counted is not None:
+        loss = finished(loss, y, counted, z.shape[-1])
+    return loss, Summary(*saved)
+
+
+def backward(
+    g: Tensor,
+    z: Tensor,
+    y: Tensor,
+    counted: Tensor | None,
+    clip: Clip,
+    in_range: bool,
+    saved: Saved,
+) -> Tensor:
+    """The gradient with respect to z, in z's shape and dtype."""
+    dz = empty_like(z)
+    for rows in blocks(y.shape, z.shape[-1], BLOCK):
+        summary = Summary(*(each[rows] for each in saved))
+        block = z[rows].to(summary.r.dtype)
+        some = None if counted is None else counted[rows]
+        dz[rows] = row_gradients(g[rows], block, y[rows], some, clip, summary)
+    return dz
+
+
+def summarize(
+    z: Tensor, y: Tensor, clip: Clip, clamp: Callable[..., Tensor] | None = None
+) -> Summary:
+    """The summary of every row, or of a slice of its classes: z_0 is the prediction of class 0.
+
+    Labels may lie outside of the slice.
+    """
+    classes = z.shape[-1]
+    others = torch.arange(classes, device=z.device) != y.unsqueeze(-1)
+    is_here = (y >= 0) & (y < classes)
+    p = at_label(z, y.clamp(0, classes - 1))
+    if clip is None:
+        m = z.detach().amax(-1)
+        shift = torch.where(m == -torch.inf, 0, m)
+        r = torch.where(others, (z - shift.unsqueeze(-1)).exp(), 0).sum(-1)
+        return Summary(m, r, torch.where(is_here, p, -torch.inf))
+    clamp = clamp or clamp_inclusive
+    r = torch.where(others, clamp(z, *clip), 0).sum(-1)
+    return Summary(torch.zeros_like(r), r, torch.where(is_here, clamp(p, *clip), 0))
+
+
+def row_gradients(
+    g: Tensor, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, summary: Summary
+) -> Tensor:
+    """g times the derivative of every row's loss with respect to its z."""
+    is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
+    g = (g * one_or_nan(y, z.shape[-1]).to(g.dtype)).unsqueeze(-1)
+    m, r, p, s = (each.unsqueeze(-1) for each in (*summary, sums(summary, clip)))
+    if clip is None:
+        dz = g * torch.where(is_label, -r / s, (z - m).exp() / s)
+    else:
+        dz = torch.where(is_label, -(g / s) * (r / p), g / s)
+        dz = torch.where((clip[0] <= z) & (z <= clip[1]), dz, 0)
+    return dz if counted is None else torch.where(counted.unsqueeze(-1), dz, 0)
 
 
 def clamp_inclusive(q: Tensor, low: float, high: float) -> Tensor:
@@ -41,43 +109,9 @@ def clamp_inclusive(q: Tensor, low: float, high: float) -> Tensor:
     return torch.where(q == c, q, c)
 
 
-def summarize(
-    z: Tensor, y: Tensor, clip: Clip, clamp: Callable[..., Tensor] = clamp_inclusive
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, s, p) of every row, whose label has to be a class.
-
-    Where no derivative is taken `clamp` may be PyTorch's own, which takes a fifth of the time.
-    """
-    p = at_label(z, y)
-    if clip is None:
-        m = z.detach().amax(-1)  # cancels out of the loss, so no gradient need flow through it
-        return m, (z - m.unsqueeze(-1)).exp().sum(-1), p
-    s = clamp(z, *clip).sum(-1)
-    return torch.zeros_like(s), s, p
-
-
-def combine(m: Tensor, s: Tensor, p: Tensor, clip: Clip) -> Tensor:
-    """The loss of every row whose label is a class."""
-    return s.log() + (m - p) if clip is None else (s / clamp_inclusive(p, *clip)).log()
-
-
-def row_gradients(g: Tensor, z: Tensor, y: Tensor, m: Tensor, s: Tensor, clip: Clip) -> Tensor:
-    """g times the derivative of every row's loss with respect to its z."""
-    is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
-    g = (g * one_or_nan(y, z.shape[-1]).to(g.dtype)).unsqueeze(-1)
-    m, s = m.unsqueeze(-1), s.unsqueeze(-1)
-    if clip is None:
-        dz = g * ((z - m).exp() / s - is_label.to(z.dtype))
-    else:
-        inside = (clip[0] <= z) & (z <= clip[1])
-        dz = g * (1 / s - is_label / torch.where(inside, z, 1))
-        dz = torch.where(inside, dz, 0)
-    return torch.where((y == IGNORED).unsqueeze(-1), 0, dz)
-
-
-def blank_ignored(z: Tensor, y: Tensor) -> Tensor:
+def blanked(z: Tensor, counted: Tensor | None) -> Tensor:
     """z with zeros in the rows that do not count: autograd would give them 0 * NaN otherwise."""
-    return torch.where((y == IGNORED).unsqueeze(-1), 0, z)
+    return z if counted is None else torch.where(counted.unsqueeze(-1), z, 0)
 
 
 def at_label(z: Tensor, y: Tensor) -> Tensor:
@@ -87,36 +121,15 @@ def at_label(z: Tensor, y: Tensor) -> Tensor:
     return z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
-def only_counted(loss: Tensor, y: Tensor, classes: int) -> Tensor:
-    """The losses, with 0 for rows that are ignored and NaN where the label is no class."""
-    return torch.where(y == IGNORED, 0, loss * one_or_nan(y, classes).to(loss.dtype))
+def finished(loss: Tensor, y: Tensor, counted: Tensor | None, classes: int) -> Tensor:
+    """The losses, with NaN where the label is outside [0, C), and 0 for rows that do not count."""
+    loss = loss * one_or_nan(y, classes).to(loss.dtype)
+    return loss if counted is None else torch.where(counted, loss, 0)
 
 
 def one_or_nan(y: Tensor, classes: int) -> Tensor:
-    """1, or NaN for a label that is no class: as a factor it poisons that row and no other."""
-    known = (y >= 0) & (y < classes) | (y == IGNORED)
-    return torch.where(known, 1.0, torch.nan)
-
-
-def forward(z: Tensor, y: Tensor, clip: Clip, all_classes: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of every row, and the m and s that `backward` needs."""
-    loss, m, s = (torch.empty_like(y, dtype=row_dtype(z)) for _ in range(3))
-    for rows in blocks(y.shape, z.shape[-1], BLOCK):
-        label = y[rows].clamp(0, z.shape[-1] - 1)
-        m[rows], s[rows], p = summarize(z[rows].to(loss.dtype), label, clip, torch.clamp)
-        loss[rows] = combine(m[rows], s[rows], p, clip)
-    return loss if all_classes else only_counted(loss, y, z.shape[-1]), m, s
-
-
-def backward(
-    g: Tensor, z: Tensor, y: Tensor, clip: Clip, all_classes: bool, m: Tensor, s: Tensor
-) -> Tensor:
-    """The gradient with respect to z, in z's shape and dtype."""
-    dz = empty_like(z)
-    for rows in blocks(y.shape, z.shape[-1], BLOCK):
-        block = z[rows].to(s.dtype)
-        dz[rows] = row_gradients(g[rows], block, y[rows], m[rows], s[rows], clip)
-    return dz
+    """1, or NaN for a label outside [0, C): as a factor it poisons that row and no other."""
+    return torch.where((y >= 0) & (y < classes), 1.0, torch.nan)
 
 
 def row_sums(z: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import aten
-from .aten import IGNORED, Clip, blocks, empty_like, memory_order, row_sums
+from .aten import blocks, empty_like, memory_order, row_sums
+from .contract import Clip, Saved
 
 SMALL = 2**17  # predictions, for which it is PyTorch's overhead that matters
 BLOCK = 2**18  # predictions at a time, if there are many: 1 MiB of float32
@@ -42,12 +43,12 @@ def is_small(z: Tensor) -> bool:
     return classes <= MANY and z.numel() <= (SMALL if classes >= VECTOR else SMALL // VECTOR)
 
 
-def small_losses(z: Tensor, y: Tensor, all_classes: bool) -> Tensor:
+def small_losses(z: Tensor, y: Tensor, counted: Tensor | None, in_range: bool) -> Tensor:
     """The loss of every row of logits, by PyTorch's own function.
 
     It takes less time to call than a function of ours, and more memory.
     """
-    label, ignored, poison = _labels(y, z.shape[-1], all_classes)
+    label, ignored, poison = _labels(y, counted, z.shape[-1], in_range)
     if ignored is not None:
         z = z.masked_fill(ignored.unsqueeze(-1), 0)  # whatever they hold
     z = z if z.dtype == aten.row_dtype(z) else z.float()
@@ -61,27 +62,35 @@ def small_losses(z: Tensor, y: Tensor, all_classes: bool) -> Tensor:
     return loss if ignored is None else loss.masked_fill(ignored, 0)
 
 
-def forward(z: Tensor, y: Tensor, clip: Clip, all_classes: bool) -> tuple[Tensor, ...]:
-    """The loss of every row; for probabilities s and p, too, for `backward`."""
-    label, ignored, poison = _labels(y, z.shape[-1], all_classes)
+def forward(
+    z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
+) -> tuple[Tensor, Saved]:
+    """The loss of every row; for probabilities s and q_y, too, for `backward`."""
+    label, ignored, poison = _labels(y, counted, z.shape[-1], in_range)
     rows, picked = _rows(z, ignored)
     if clip is None:
-        loss, summary = _losses_of_logits(z, label, rows, picked), ()
+        loss, saved = _losses_of_logits(z, label, rows, picked), ()
     else:
-        summary = (_sums(z, clip, rows, picked), aten.at_label(z, label).to(aten.row_dtype(z)))
-        loss = _losses_of_probabilities(*summary, clip)
+        saved = (_sums(z, clip, rows, picked), aten.at_label(z, label).to(aten.row_dtype(z)))
+        loss = _losses_of_probabilities(*saved, clip)
     if poison is not None:
         loss *= poison
     if ignored is not None:
         loss.masked_fill_(ignored, 0)
-    return loss, *summary
+    return loss, saved
 
 
 def backward(
-    g: Tensor, z: Tensor, y: Tensor, clip: Clip, all_classes: bool, *summary: Tensor
+    g: Tensor,
+    z: Tensor,
+    y: Tensor,
+    counted: Tensor | None,
+    clip: Clip,
+    in_range: bool,
+    saved: Saved,
 ) -> Tensor:
     """The gradient with respect to z, in z's shape and dtype."""
-    label, ignored, poison = _labels(y, z.shape[-1], all_classes)
+    label, ignored, poison = _labels(y, counted, z.shape[-1], in_range)
     if poison is not None:
         g = g * poison.to(g.dtype)
     if ignored is not None:
@@ -93,7 +102,7 @@ def backward(
     if clip is None:
         _write_gradients(dz, g, z, label, rows, picked, ignored)
         return dz
-    s, p = summary
+    s, p = saved
     at_label = _label_gradients(g, s, p, clip)
     _write_slopes(dz, g / s, z, clip, rows, picked)
     _scatter(dz, label, at_label if ignored is None else at_label.masked_fill_(ignored, 0))
@@ -101,25 +110,21 @@ def backward(
         # A NaN in z stays one times 0; and beside it, what is clipped has gradient 0.
         for at in _indices(s.isnan(), z.shape[-1]):
             wide = z[at].to(s.dtype)
-            m = torch.zeros_like(s[at])
-            dz[at] = aten.row_gradients(g[at], wide, y[at], m, s[at], clip).to(dz.dtype)
+            summary = aten.summarize(wide, label[at], clip)
+            some = None if counted is None else counted[at]
+            dz[at] = aten.row_gradients(g[at], wide, label[at], some, clip, summary).to(dz.dtype)
     return dz
 
 
 def _labels(
-    y: Tensor, classes: int, all_classes: bool
+    y: Tensor, counted: Tensor | None, classes: int, in_range: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A class for every row; which rows are ignored; `aten.one_or_nan`. None: not needed."""
-    if all_classes:
-        return y, None, None
-    ignored = y == IGNORED
-    label = y.masked_fill(ignored, 0)
-    if label.numel() == 0:
-        return label, ignored, None
-    low, high = label.aminmax()
-    if low >= 0 and high < classes:
-        return label, ignored, None
-    return label.clamp_(0, classes - 1), ignored, aten.one_or_nan(y, classes)
+    """A class for every row; which rows do not count; `aten.one_or_nan`. None: not needed."""
+    ignored = None if counted is None else ~counted
+    if in_range or y.numel() == 0:
+        return y, ignored, None
+    label = y if ignored is None else y.masked_fill(ignored, 0)
+    return label.clamp(0, classes - 1), ignored, aten.one_or_nan(label, classes)
 
 
 def _losses_of_logits(z: Tensor, label: Tensor, rows: Rows, picked: bool) -> Tensor:

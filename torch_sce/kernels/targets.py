@@ -17,7 +17,7 @@ That is what tf.keras does for `CategoricalCrossentropy`: probabilities are norm
 clipped then, the other way round than for integer labels. Its gradient for logits has 1 in the
 place of T; here it is the derivative of the loss, whatever the targets add up to.
 
-Targets may be smoothed on the way by (keep, share): t_j becomes keep * t_j + share.
+Targets may be smoothed on the way: t_j becomes (1 - smoothing) t_j + smoothing / C.
 
     z, t     (..., C)   predictions and targets, each in a dtype of its own
     counted  (...)      bool: rows that are not have loss 0 and gradient 0; None: all are
@@ -31,9 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .aten import Clip, blocks, clamp_inclusive, empty_like, row_dtype, row_sums
-
-Smoothing = tuple[float, float] | None
+from .aten import blocks, clamp_inclusive, empty_like, row_dtype, row_sums
+from .contract import Clip, Saved
 
 BLOCK = 2**24  # predictions at a time on a device
 
@@ -49,19 +48,17 @@ def is_small(z: Tensor, clip: Clip) -> bool:
     return cpu.is_small(z) and (clip is not None or z.shape[-1] <= FEW)
 
 
-def losses(
-    z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
-) -> Tensor:
+def losses(z: Tensor, t: Tensor, counted: Tensor | None, clip: Clip, smoothing: float) -> Tensor:
     """The loss of every row, in operations that autograd and the compiler understand."""
-    z, t = _as_counted(z, t, smoothing, counted)
+    z, t = _as_counted(z, t, counted, smoothing)
     return 0 - (t * _logarithms(z, clip)).sum(-1)  # never -0.0
 
 
 def gradients(
-    g: Tensor, z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
+    g: Tensor, z: Tensor, t: Tensor, counted: Tensor | None, clip: Clip, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """dz and dt, as expressions that can be differentiated once more."""
-    wide, smooth = _as_counted(z, t, smoothing, counted)
+    wide, smooth = _as_counted(z, t, counted, smoothing)
     if counted is not None:
         g = torch.where(counted, g, 0)
     g = g.unsqueeze(-1)
@@ -74,14 +71,14 @@ def gradients(
         c = clamp_inclusive(n, *clip)
         w = torch.where(n == c, smooth / c, 0)
         dz = g * ((w * n).sum(-1, keepdim=True) - w) / s
-    dt = g * -_kept(smoothing) * logarithms
+    dt = g * (smoothing - 1) * logarithms
     return dz.to(z.dtype), dt.to(t.dtype) if t.is_floating_point() else dt
 
 
-def forward_targets(
-    z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing, counted: Tensor | None
-) -> tuple[Tensor]:
-    """The loss of every row, and nothing else: `backward_targets` finds sums again as it needs."""
+def forward(
+    z: Tensor, t: Tensor, counted: Tensor | None, clip: Clip, smoothing: float
+) -> tuple[Tensor, Saved]:
+    """The loss of every row, and nothing else: `backward` finds sums again as it needs."""
     loss = z.new_empty(z.shape[:-1], dtype=row_dtype(z))
     for rows, z_, t_, a, _ in _walk(z, t, clip, smoothing):
         if clip is None:
@@ -90,28 +87,29 @@ def forward_targets(
             torch.div(z_, row_sums(z_).unsqueeze(-1), out=a).clamp_(*clip).log_()
         loss[rows] = row_sums(a.mul_(t_))
     loss = torch.sub(0, loss, out=loss)  # never -0.0
-    return (loss if counted is None else loss.masked_fill_(~counted, 0),)
+    return loss if counted is None else loss.masked_fill_(~counted, 0), ()
 
 
-def backward_targets(
+def backward(
     g: Tensor,
     z: Tensor,
     t: Tensor,
-    clip: Clip,
-    smoothing: Smoothing,
     counted: Tensor | None,
+    clip: Clip,
+    smoothing: float,
     needs: tuple[bool, bool],
+    saved: Saved,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
     dz = empty_like(z) if needs[0] else None
     dt = empty_like(t) if needs[1] else None
     g = g.unsqueeze(-1)
     for rows, z_, t_, a, b in _walk(z, t, clip, smoothing):
-        g_, keep = g[rows], _kept(smoothing)
+        g_ = g[rows]
         if clip is None:
             if dt is not None:
                 logarithms = _log_softmax(z_, _place(dt, rows, a))
-                _write(dt, rows, logarithms.mul_(-keep * g_), counted)
+                _write(dt, rows, logarithms.mul_((smoothing - 1) * g_), counted)
             if dz is not None:
                 p = torch.softmax(z_, -1, out=_place(dz, rows, a))
                 # They add up to 1 only as exactly as PyTorch has added up the row.
@@ -131,17 +129,17 @@ def backward_targets(
             _write(dz, rows, torch.sub(total, w, out=w).mul_(factor).div_(s), counted)
         if dt is not None:
             logarithms = torch.log(c, out=_place(dt, rows, b))
-            _write(dt, rows, logarithms.mul_(-keep * g_), counted)
+            _write(dt, rows, logarithms.mul_((smoothing - 1) * g_), counted)
     return dz, dt
 
 
 def _as_counted(
-    z: Tensor, t: Tensor, smoothing: Smoothing, counted: Tensor | None
+    z: Tensor, t: Tensor, counted: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """z and t as they are computed with, without what rows that do not count may hold."""
     z, t = z.to(row_dtype(z)), t.to(row_dtype(z))
-    if smoothing is not None:
-        t = t * smoothing[0] + smoothing[1]
+    if smoothing:
+        t = t * (1 - smoothing) + smoothing / z.shape[-1]
     if counted is not None:
         z, t = (torch.where(counted.unsqueeze(-1), x, fill) for x, fill in ((z, 1), (t, 0)))
     return z, t
@@ -168,12 +166,7 @@ def _log_softmax(z: Tensor, out: Tensor) -> Tensor:
     return torch.sub(z, m, out=out).sub_(s.log_())
 
 
-def _kept(smoothing: Smoothing) -> float:
-    """The derivative of a smoothed target with respect to the target."""
-    return 1.0 if smoothing is None else smoothing[0]
-
-
-def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing) -> Iterator[tuple]:
+def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: float) -> Iterator[tuple]:
     """The rows of each block, their z and t as they are computed with, and a tensor for use.
 
     For probabilities there is a second one.
@@ -181,7 +174,7 @@ def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing) -> Iterator[tu
     dtype = row_dtype(z)
     limit = cpu.BLOCK if z.device.type == "cpu" else BLOCK
     every = list(blocks(z.shape[:-1], z.shape[-1], limit))
-    needed = (True, clip is not None, z.dtype != dtype, t.dtype != dtype or smoothing is not None)
+    needed = (True, clip is not None, z.dtype != dtype, t.dtype != dtype or smoothing > 0)
     scratch = [empty_like(z[every[0]], dtype) if each and every else None for each in needed]
     for rows in every:
         z_, t_ = z[rows], t[rows]
@@ -191,8 +184,8 @@ def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: Smoothing) -> Iterator[tu
             z_ = c.copy_(z_)
         if d is not None:
             t_ = d.copy_(t_)
-        if smoothing is not None:
-            t_.mul_(smoothing[0]).add_(smoothing[1])
+        if smoothing:
+            t_.mul_(1 - smoothing).add_(smoothing / z.shape[-1])
         yield rows, z_, t_, a, b
 
 

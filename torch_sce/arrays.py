@@ -1,0 +1,173 @@
+"""Anything a caller passes as a dense, real tensor, and errors that say how to make one of it."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .options import FLOATS
+
+ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """`value` as a dense, real tensor; what is not a tensor goes to `like`'s device."""
+    if isinstance(value, Tensor):
+        require_dense(name, value)
+        if like is not None and value.device != like.device and value.ndim > 0:
+            raise ValueError(
+                f"{name} must be on y_pred's device, {like.device}, got {value.device}: "
+                f"move it with {name}.to({str(like.device)!r})"
+            )
+        tensor = value if like is None else value.to(like.device)  # moves scalars alone
+    else:
+        device = torch.get_default_device() if like is None else like.device
+        if isinstance(value, (bool, int, float)) and abs(value) < 2**63:
+            dtype = float64_on(device) if isinstance(value, float) else None
+            # Filling a scalar needs no transfer from the host.
+            return torch.full((), value, dtype=dtype, device=device)
+        tensor = torch.as_tensor(to_array(name, value), device="cpu")
+        if tensor.dtype == torch.float64:
+            tensor = tensor.to(float64_on(device))
+        tensor = tensor.to(device)
+    if like is not None and type(tensor) is not type(like):
+        _check_placement(name, tensor, like)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+    return tensor
+
+
+def floats(y_pred: ArrayLike) -> Tensor:
+    """Predictions in a dtype that a function computes in; Python numbers as float32."""
+    listed = not hasattr(y_pred, "dtype")
+    y_pred = to_tensor("y_pred", y_pred)
+    if listed:  # Python numbers have no precision to keep
+        y_pred = y_pred.float()
+    if y_pred.dtype not in FLOATS:
+        raise TypeError(
+            f"y_pred must be float16, bfloat16, float32 or float64, got {y_pred.dtype}: "
+            "are labels and predictions exchanged?"
+        )
+    return y_pred
+
+
+def float64_on(device: torch.device) -> torch.dtype:
+    """float64, or float32 where there is no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def require_dense(name: str, tensor: Tensor) -> None:
+    """Raises for a tensor that is more than its numbers, and names what makes a plain one of it."""
+    if isinstance(tensor, MaskedTensor):
+        counted = f"{name}.get_mask()" + ".all(axis)" * _has_classes(name, tensor)
+        plain = _unmasked(name, f"{name}.get_data()", counted, f"{name}.to_tensor(0)")
+        raise TypeError(f"{name} must be a plain tensor, got a MaskedTensor: {plain}")
+    if tensor.is_nested:
+        kind, plain = "a nested one", f"torch.cat({name}.unbind())"
+    elif tensor.is_quantized:
+        kind, plain = tensor.dtype, f"{name}.dequantize()"
+    elif tensor.layout != torch.strided:
+        kind, plain = tensor.layout, f"{name}.to_dense()"
+    else:
+        return
+    raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}: pass {plain}")
+
+
+def _check_placement(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raises where one is a DTensor and the other is not, unless that is a scalar."""
+    here, there = (getattr(x, "placements", None) for x in (tensor, like))
+    if (here is None) == (there is None) or tensor.ndim == 0:
+        return
+    if there is None:
+        raise TypeError(
+            f"{name} must be no DTensor where y_pred is none, got one with placements {here}: "
+            f"pass {name}.full_tensor(), or {name}.to_local() if y_pred is this rank's part"
+        )
+    raise TypeError(
+        f"{name} must be a DTensor, as y_pred is one with placements {there}, got none: pass "
+        f"torch.distributed.tensor.distribute_tensor({name}, y_pred.device_mesh, ...)"
+    )
+
+
+def to_array(name: str, value: Any) -> np.ndarray:
+    """`value` as an array of its own: numbers, in a dtype that PyTorch has."""
+    require_no_loss(name, value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or what only looks like one
+        raise ValueError(f"{name} must be a tensor or convertible to an array: {error}") from error
+    if array.dtype.name == "bfloat16":  # TensorFlow's and JAX's arrays; NumPy has no such dtype
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "biufc":
+        shown = repr(value)
+        if isinstance(value, np.ndarray) or len(shown) > 60:
+            shown = f"{type(value).__name__} of {array.dtype}"
+        raise TypeError(f"{name} must hold numbers, got {shown}")
+    if array.dtype.name in ("longdouble", "float96", "float128"):
+        raise TypeError(f"{name} must have a dtype that PyTorch has, got {array.dtype}")
+    # A copy, as in Keras: the caller may write into an array before the backward pass. NumPy has
+    # two dtypes for each integer of 64 bits; PyTorch knows the one that its string names.
+    return array.astype(array.dtype.newbyteorder("=").str, order="C")
+
+
+def require_no_loss(name: str, value: Any) -> None:
+    """Raises for what NumPy would take without its gradients or its mask."""
+    kinds, kind = _kinds_in(value), type(value).__name__
+    if isinstance(value, np.ma.MaskedArray):
+        hidden = f"np.ma.getmaskarray({name})" + ".any(axis)" * _has_classes(name, value)
+        counted = f"~{hidden}"
+        plain = _unmasked(name, f"{name}.data", counted, f"{name}.filled(0)")
+        raise TypeError(f"{name} must be a plain array, got a masked one: {plain}")
+    if any(issubclass(each, np.ma.MaskedArray) for each in kinds):
+        raise TypeError(
+            f"{name} must be a plain array, got a {kind} with masked ones: make one masked array "
+            "of it by np.ma.stack, the innermost lists first, and pass that one's data and mask"
+        )
+    if any(issubclass(each, Tensor) for each in kinds):
+        raise TypeError(f"{name} must be one tensor, got a {kind} of tensors{_joined(name, value)}")
+
+
+def _kinds_in(value: Any) -> set[type]:
+    """The types of what is in a list, however deep."""
+    if not isinstance(value, (list, tuple)):
+        return {type(value)}
+    kinds = set(map(type, value))
+    nested = any(issubclass(each, list | tuple) for each in kinds)
+    return kinds.union(*map(_kinds_in, value)) if nested else kinds
+
+
+def _joined(name: str, value: Any) -> str:
+    """What stands behind "a list of tensors": how to make one tensor of it."""
+    if isinstance(value, PackedSequence):
+        return f": pass {name}.data"
+    if not all(isinstance(item, Tensor) for item in value):
+        return (
+            ": make one of it by torch.stack for lists of tensors, the innermost first, and "
+            "torch.tensor for numbers"
+        )
+    shapes = {tuple(item.shape) for item in value}
+    if len(shapes) == 1:
+        return f": pass torch.stack({name}), which keeps their gradients"
+    if len({shape[1:] for shape in shapes}) > 1 or min(map(len, shapes)) <= (name == "y_pred"):
+        return " of shapes " + " and ".join(map(str, sorted(shapes, reverse=True)))
+    label = ", padding_value=-1) and ignore_class=-1" if name == "y_true" else ")"
+    padded = f"torch.nn.utils.rnn.pad_sequence({name}, batch_first=True{label}"
+    return f" of different lengths: pass torch.cat({name}), or {padded}"
+
+
+def _has_classes(name: str, value: Any) -> bool:
+    """Whether a mask of its shape would have a class axis, as predictions and float targets do."""
+    kind = str(value.dtype)
+    return name == "y_pred" or (name == "y_true" and value.ndim > 1 and "float" in kind)
+
+
+def _unmasked(name: str, values: str, counted: str, filled: str) -> str:
+    if name == "mask":
+        return f"pass {filled}"
+    return f"pass {values}, and mask={counted} to a loss or metric"

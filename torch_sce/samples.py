@@ -1,0 +1,376 @@
+"""What a caller passes to a loss, a function or a metric, as one checked value.
+
+All of Keras's rules for shapes and labels are here, once: which axis holds the classes, which
+shapes labels, weights and masks may have, which positions are ignored, what is an error, and the
+hint that goes with it. The kernels and `reduction` trust what `prepare` returns.
+
+    P   the shape of the losses: y_pred's without its class axis, one loss for each position
+    C   the number of classes
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arrays import HALVES, ArrayLike, float64_on, floats, to_tensor
+from .kernels import Clip, are_plain
+from .options import FLOATS
+
+EPSILON = 1e-7  # keras.config.epsilon(): probabilities are clipped to [EPSILON, 1 - EPSILON]
+
+# The two bounds as each dtype rounds them, as Keras clips in the dtype it computes in.
+CLIP = {
+    dtype: (
+        torch.tensor(EPSILON, dtype=dtype, device="cpu").item(),
+        torch.tensor(1 - EPSILON, dtype=dtype, device="cpu").item(),
+    )
+    for dtype in FLOATS
+}
+
+
+class Samples(NamedTuple):
+    """A batch whose parts fit together."""
+
+    z: Tensor  # (*P, C) predictions, in the dtype that the loss sees or a narrower one
+    y: Tensor  # (*P,) int64 class numbers, or (*P, C) targets
+    y_true: Tensor  # the same as they were given, not truncated
+    counted: Tensor | None  # (*P,) bool: which positions count; None: all
+    kept: Tensor | None  # (*P,) bool: which are not ignored for their label; None: all
+    weight: Tensor | None  # broadcasts to P
+    mask: Tensor | None  # the mask as given, 0 where a label is ignored; broadcasts to P
+    axis: int  # of the classes in y_pred
+    clip: Clip  # None for logits, otherwise the bounds of probabilities
+    in_range: bool = False  # whether all of y is known to be in [0, C)
+
+
+def prepare(
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
+    sample_weight: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    from_logits: bool,
+    axis: int,
+    ignore_class: float | None = None,
+    dtype: torch.dtype | None = None,
+    broadcast: Callable[[str, Tensor, torch.Size], Tensor] | None = None,
+) -> Samples:
+    """Labels and predictions, checked, with the positions that count.
+
+    Args:
+        y_true, y_pred, sample_weight, mask: what the caller passed.
+        from_logits, axis, ignore_class: options, parsed.
+        dtype: the loss's dtype, which predictions are cast to; None for `y_pred`'s own.
+        broadcast: the rule for weights and masks; by default that of losses.
+
+    Raises:
+        ValueError, TypeError: as the loss says.
+    """
+    y_pred = predictions(y_pred, dtype)
+    given = to_tensor("y_true", y_true, y_pred)
+    axis = class_axis(axis, y_pred)
+    labels = labels_for(given, y_pred, axis)
+    weight, mask = aligned(sample_weight, mask, y_pred, labels.shape, broadcast)
+    kept = not_ignored(labels, ignore_class)
+    mask = combine_masks(mask, kept)
+    counted = None if mask is None else mask.bool().expand(labels.shape)
+    y = class_numbers(labels)
+    in_range = values_can_be_read(labels, counted)
+    if in_range:
+        if counted is not None:
+            counted = None if bool(counted.all()) else counted
+            y = y if counted is None else y.masked_fill(~counted, 0)
+        require_classes(labels, y, counted, y_pred.shape[axis], axis)
+    clip = None if from_logits else CLIP[dtype or y_pred.dtype]
+    z = _classes_last(y_pred, axis)
+    return Samples(z, y, labels, counted, kept, weight, mask, axis, clip, in_range)
+
+
+def prepare_targets(
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
+    sample_weight: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    from_logits: bool,
+    axis: int,
+    dtype: torch.dtype | None = None,
+    matches_ranks: bool = True,
+) -> Samples:
+    """As `prepare`, with a target for every class. `matches_ranks`: as Keras's losses do."""
+    y_pred = predictions(y_pred, dtype)
+    t = to_tensor("y_true", y_true, y_pred)
+    if matches_ranks:
+        t, y_pred = match_ranks(t, y_pred)
+    axis = class_axis(axis, y_pred)
+    require_targets(t, y_pred, axis)
+    shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
+    weight, mask = aligned(sample_weight, mask, y_pred, shape)
+    counted = None if mask is None else mask.bool().expand(shape)
+    clip = None if from_logits else CLIP[dtype or y_pred.dtype]
+    z, t = _classes_last(y_pred, axis), _classes_last(t, axis)
+    return Samples(z, t, t, counted, None, weight, mask, axis, clip)
+
+
+def predictions(y_pred: ArrayLike, dtype: torch.dtype | None) -> Tensor:
+    """`y_pred` in the loss's dtype, or in a narrower one that the kernels widen by rows."""
+    if dtype is None:
+        return floats(y_pred)
+    y_pred = to_tensor("y_pred", y_pred)
+    widens = dtype == torch.float32 and y_pred.dtype in HALVES
+    return y_pred if widens or y_pred.dtype == dtype else y_pred.to(dtype)
+
+
+def _classes_last(x: Tensor, axis: int) -> Tensor:
+    return x if axis == x.ndim - 1 else x.movedim(axis, -1)
+
+
+def class_axis(axis: int, y_pred: Tensor) -> int:
+    """`axis` counted from the front, with at least one class on it."""
+    if y_pred.ndim == 0:
+        raise ValueError("y_pred must have a class axis, got a scalar")
+    if not -y_pred.ndim <= axis < y_pred.ndim:
+        raise ValueError(
+            f"axis must be in [{-y_pred.ndim}, {y_pred.ndim}) for y_pred of shape "
+            f"{tuple(y_pred.shape)}, got {axis}"
+        )
+    axis %= y_pred.ndim
+    if y_pred.shape[axis] == 0:
+        raise ValueError(
+            f"y_pred must have at least one class on axis {axis}, got shape {tuple(y_pred.shape)}"
+        )
+    return axis
+
+
+def labels_for(
+    y_true: Tensor, y_pred: Tensor, axis: int, sibling: str = "CategoricalCrossentropy"
+) -> Tensor:
+    """`y_true` in the shape of the losses: `y_pred`'s without its class axis.
+
+    An axis of size 1 may stand where the classes are, and another one last of all. `sibling` is
+    what takes one-hot labels.
+    """
+    shape = (*y_pred.shape[:axis], *y_pred.shape[axis + 1 :])
+    labels = y_true
+    if labels.ndim == y_pred.ndim + 1 > 2 and labels.shape[-1] == 1:
+        labels = labels.squeeze(-1)
+    if labels.ndim == y_pred.ndim:
+        if labels.shape[axis] == 1:
+            labels = labels.squeeze(axis)
+        elif labels.shape[-1] == 1:
+            labels = labels.squeeze(-1)
+    if labels.shape == shape:
+        return labels
+    given = (tuple(y_true.shape), tuple(y_pred.shape))
+    raise ValueError(_shape_message(*given, axis, shape, sibling))
+
+
+def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple, sibling: str) -> str:
+    rule = (
+        f"y_true must have the shape of y_pred without its class axis, {wanted}, got {y_true} "
+        f"(y_pred has the shape {y_pred} and its class axis is {axis})"
+    )
+    without_one = y_pred[:-1] if y_pred[-1:] == (1,) else y_pred
+    for swapped in {min(axis, len(y_true) - 1), len(y_true) - 1} if y_true else ():
+        if (*y_true[:swapped], *y_true[swapped + 1 :]) in (y_pred, without_one):
+            return (
+                f"{rule}. These shapes fit if labels and predictions are exchanged: labels come "
+                "first in loss(y_true, y_pred) and metric.update_state(y_true, y_pred), as in "
+                "Keras; predictions come first in loss.as_criterion()(input, target), "
+                "metric.update(preds, target) and metric(preds, target)."
+            )
+    if y_true == y_pred and len(y_pred) == 1:
+        return f"{rule}. For labels (B,) y_pred must be (B, C): its class axis seems to be missing."
+    if y_true == y_pred:
+        return (
+            f"{rule}. If y_true is one-hot, use {sibling}, or pass the class numbers: "
+            f"y_true.argmax({axis})."
+        )
+    for other in range(len(y_pred)):
+        if y_true in (
+            y_pred[:other] + y_pred[other + 1 :],
+            (*y_pred[:other], 1, *y_pred[other + 1 :]),
+        ):
+            return (
+                f"{rule}. If the classes are on axis {other}, pass axis={other}, or to an accuracy "
+                f"y_pred.movedim({other}, -1)."
+            )
+    return f"{rule}."
+
+
+def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with as many axes where one has a last axis of size 1 more, as Keras's losses do."""
+    short, long = sorted((y_true.ndim, y_pred.ndim))
+    if long - short != 1:
+        return y_true, y_pred
+
+    def matched(x: Tensor, other: Tensor) -> Tensor:
+        if other.ndim < x.ndim and x.shape[-1] == 1 and short != 1:
+            return x.squeeze(-1)
+        return x.unsqueeze(-1) if x.ndim == 1 < other.ndim and other.shape[-1] == 1 else x
+
+    return matched(y_true, y_pred), matched(y_pred, y_true)
+
+
+def require_targets(
+    y_true: Tensor, y_pred: Tensor, axis: int, sibling: str = "SparseCategoricalCrossentropy"
+) -> None:
+    """Raises unless there is a target for every class. `sibling` is what takes class numbers."""
+    if y_true.shape == y_pred.shape:
+        return
+    given, wanted = tuple(y_true.shape), tuple(y_pred.shape)
+    rule = f"y_true must have y_pred's shape, {wanted}, a target for every class, got {given}"
+    if given in ((*wanted[:axis], *wanted[axis + 1 :]), (*wanted[:axis], 1, *wanted[axis + 1 :])):
+        numbers_ = "y_true" if len(given) < len(wanted) else f"y_true.squeeze({axis})"
+        moved = "" if axis == len(wanted) - 1 else f".movedim(-1, {axis})"
+        rule += (
+            f". If y_true holds class numbers, use {sibling}, or pass "
+            f"torch.nn.functional.one_hot({numbers_}, {wanted[axis]}){moved}"
+        )
+    raise ValueError(rule)
+
+
+def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
+    """Which labels differ from `ignore_class`, as a bool tensor; None if none is to be ignored.
+
+    Compared before labels are truncated, as Keras does, and exactly: nothing is rounded.
+    """
+    if ignore_class is None:
+        return None
+    if labels.is_floating_point():
+        return labels.to(float64_on(labels.device)) != float(ignore_class)
+    low, high = (0, 2**64) if labels.dtype == torch.uint64 else (-(2**63), 2**63)
+    # The range comes first: NaN and infinities are outside of it, and have no integer.
+    if not (low <= ignore_class < high and ignore_class == int(ignore_class)):
+        return torch.ones_like(labels, dtype=torch.bool)
+    ignore_class = int(ignore_class)
+    if ignore_class >= 2**63:
+        ignore_class -= 2**64  # as int64 has the bits of such a label
+    return labels.long() != ignore_class
+
+
+def class_numbers(labels: Tensor) -> Tensor:
+    """Labels as int64: floats truncated toward zero; what has no class number becomes negative."""
+    if labels.is_floating_point():
+        wide = labels.to(float64_on(labels.device))
+        # NaN, infinities and numbers beyond int64 have no defined conversion.
+        return wide.nan_to_num(nan=-1.0).clamp(-(2.0**40), 2.0**40).long()
+    found = labels.long()
+    if labels.dtype == torch.uint64:  # past 2^63 they come out negative, and might look like -1
+        return torch.where(found < 0, 2**62, found)
+    return found
+
+
+def require_classes(labels: Tensor, y: Tensor, counted: Tensor | None, C: int, axis: int) -> None:
+    """Raises for a label that counts and is outside `[0, C)`; y holds 0 for those that do not."""
+    if y.numel() == 0:
+        return
+    low, high = y.aminmax()
+    if low.item() >= 0 and high.item() < C:
+        return
+    found = ((y < 0) | (y >= C)).nonzero()
+    position = tuple(found[0].tolist())
+    label = labels[position].item()
+    others = len(found) - 1
+    more = f" and at {others} other position{'s' * (others > 1)}" if others else ""
+    used = y if counted is None else y[counted]
+    raise ValueError(
+        f"y_true must hold labels in [0, {C}), the classes on axis {axis} of y_pred, "
+        f"got {label} at position {position}{more}.{_label_hint(label, used, C)}"
+    )
+
+
+def values_can_be_read(*tensors: Tensor | None) -> bool:
+    """Whether reading values needs no host synchronisation and breaks no graph."""
+    here = all(x is None or x.device.type == "cpu" for x in tensors)
+    return here and are_plain(*tensors)
+
+
+def _label_hint(label: float, used: Tensor, C: int) -> str:
+    if label == C and used.min() >= 1 and used.max() == C:
+        return " The labels seem to start at 1: subtract 1."
+    if label in (-1, -100, 255):
+        return f" If {label} marks samples to leave out, pass ignore_class={label}."
+    return ""
+
+
+def aligned(
+    sample_weight: ArrayLike | None,
+    mask: ArrayLike | None,
+    y_pred: Tensor,
+    shape: torch.Size,
+    broadcast: Callable[[str, Tensor, torch.Size], Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and mask on `y_pred`'s device, so that they broadcast to the losses' shape."""
+    broadcast = broadcast or align
+    weight, mask = (
+        None if value is None else broadcast(name, to_tensor(name, value, y_pred), shape)
+        for name, value in (("sample_weight", sample_weight), ("mask", mask))
+    )
+    return weight, mask
+
+
+def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """`value`, a weight or a mask, so that it broadcasts to the losses' shape and not beyond.
+
+    Keras adds or drops a last axis of size 1 where the ranks differ by one, then broadcasts.
+
+    Differs from Keras, which goes on where the result would be larger than the losses, or where
+    a weight for each sample would meet the wrong axis: those raise a ValueError here.
+    """
+    rank = len(shape)
+    given = tuple(value.shape)
+    if value.ndim == rank + 1 and given[-1] == 1:
+        value = value.squeeze(-1)
+    elif value.ndim == rank - 1 and value.ndim > 0 and shape[-1] == 1:
+        value = value.unsqueeze(-1)
+    while value.ndim > max(rank, 1) and value.shape[0] == 1:
+        value = value.squeeze(0)
+    fits = value.ndim <= rank and all(
+        have in (1, want)
+        for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    # (B,) on (B, T) is meant per sample, but would broadcast along T if B == T.
+    leads = 0 < value.ndim < rank and tuple(value.shape) == tuple(shape[: value.ndim])
+    if leads and value.numel() > 1:
+        index = ", ".join([":", *["None"] * (rank - value.ndim)])
+        raise ValueError(
+            f"{name} must broadcast to the losses' shape {tuple(shape)} from the last axis, "
+            f"got {given}: for one value per sample pass {name}[{index}]"
+        )
+    if not fits:
+        raise ValueError(f"{name} must broadcast to the losses' shape {tuple(shape)}, got {given}")
+    return value
+
+
+def combine_masks(mask: Tensor | None, counted: Tensor | None) -> Tensor | None:
+    """One mask from the caller's (aligned) and from the labels that are not ignored."""
+    if mask is None or counted is None:
+        return counted if mask is None else mask
+    return mask & counted if mask.dtype == torch.bool else torch.where(counted, mask.float(), 0)
+
+
+def leading(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """`value`, a weight or a mask of a metric, so that its axes are the first of these.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    given = tuple(value.shape)
+    while value.ndim > len(shape) and value.shape[-1] == 1:
+        value = value.squeeze(-1)
+    pairs = zip(value.shape, shape, strict=False)
+    if value.ndim > len(shape) or not all(have in (1, want) for have, want in pairs):
+        raise ValueError(
+            f"{name} must broadcast to the values' shape {tuple(shape)} from the first axis, as "
+            f"{tuple(shape[:1])} does, got {given}"
+        )
+    return value
+
+
+def over_leading_axes(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """As `leading`, so that it broadcasts to this shape."""
+    value = leading(name, value, shape)
+    return value.reshape(value.shape + (1,) * (len(shape) - value.ndim))

@@ -17,7 +17,7 @@ cross-check: $(READY)
 
 # Measures time and memory beside other implementations, seven minutes; ARGS="--quick" for one.
 benchmark: $(READY)
-	$(BIN)/python scripts/benchmark.py $(ARGS)
+	$(BIN)/python scripts/benchmark $(ARGS)
 
 # The second run has Triton's kernels in its interpreter, on the CPU.
 test: $(READY)

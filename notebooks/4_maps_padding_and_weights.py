@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark import BOTH, interleaved, peak_memory
+from benchmark.measuring import BOTH, interleaved, peak_memory
 
 from torch_sce import SparseCategoricalCrossentropy, explain
 

@@ -6,14 +6,29 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark
 import numpy as np
 import pytest
 import torch
+from benchmark import command, measuring, report, tf_process
+from benchmark.cases import (
+    CASES,
+    COMPILED,
+    CROSS_ENTROPY,
+    CUDA_CASES,
+    KERAS_TORCH,
+    MOVES,
+    NONE_IGNORED,
+    OF_LOG,
+    OURS,
+    Case,
+    labels,
+    predictions,
+)
+from benchmark.peers import CANDIDATES, NAMES, PEERS, ours_none_ignored
+from benchmark.results import COPY, Result, measure
 from rich.console import Console
 
-Case, Result = benchmark.Case, benchmark.Result
-OURS, CROSS_ENTROPY, COMPILED = benchmark.OURS, benchmark.CROSS_ENTROPY, benchmark.COMPILED
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHORT = (0.0, 2)  # seconds and rounds for a case
 
 # One of each kind, as the real list has them.
@@ -23,7 +38,7 @@ SMALL = (
     Case((2, 5, 4, 3), axis=1),
     Case((6, 40), dtype="bfloat16"),
     Case((6, 40), half_ignored=True),
-    Case((6, 40), "probabilities", {benchmark.OF_LOG: (1.0, 1.0)}, quick=True),
+    Case((6, 40), "probabilities", {OF_LOG: (1.0, 1.0)}, quick=True),
     Case((6, 40), soft=True),
     Case((2, 3, 40), "probabilities", soft=True),
 )
@@ -36,15 +51,141 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_TORCH_DEVICE", "cpu")
 
 
+def test_half_of_the_labels_are_ignored_and_the_others_are_the_same():
+    ignored, whole = (labels(Case((64, 10), half_ignored=half)) for half in (True, False))
+    assert (ignored == -100).sum() == 32
+    assert torch.equal(ignored[ignored != -100], whole[ignored != -100])
+
+
+def test_ours_with_none_ignored_counts_every_label():
+    case = Case((64, 10), half_ignored=True)
+    peer = ours_none_ignored(case, "cpu")
+    z = predictions(case)
+    want = torch.nn.functional.cross_entropy(z, labels(Case((64, 10))))
+    assert peer is not None
+    assert peer(labels(case), z).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_every_floor_has_a_peer_that_takes_the_case():
+    for case in (*CASES, *CUDA_CASES):
+        tiny = dataclasses.replace(case, shape=tuple(min(size, 9) for size in case.shape))
+        for peer in set(case.floors) - {MOVES}:
+            assert CANDIDATES[peer](tiny, "cpu") is not None
+
+
+def test_the_measuring_can_be_imported_alone():
+    code = """
+import sys
+import benchmark.measuring
+heavy = {"torch_sce", "benchmark.peers", "rich", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
+def test_the_peak_of_a_known_allocation_is_seen():
+    size = 64 * 2**20
+    peak = measuring.peak_memory(lambda: torch.ones(size // 4), "cpu")
+    assert peak is not None and 60 * 2**20 <= peak <= 72 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
+def test_the_peak_counts_what_is_freed_within_the_call():
+    def call():
+        torch.ones(16 * 2**20).sum()
+        torch.ones(8 * 2**20).sum()
+
+    peak = measuring.peak_memory(call, "cpu")
+    assert peak is not None and 60 * 2**20 <= peak <= 72 * 2**20
+
+
+def test_what_cannot_be_measured_is_no_peak(monkeypatch):
+    def refused(_call, _device):
+        raise PermissionError
+
+    monkeypatch.setattr(measuring, "linux_peak", refused)
+    assert measuring.peak_memory(lambda: None, "cpu") is None
+
+
+@pytest.mark.usefixtures("tensorflow")
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_every_candidate_computes_the_same_loss(case):
+    peers = [name for name in PEERS if name not in (COMPILED, NONE_IGNORED)]
+    result = measure(case, peers, "cpu", SHORT)
+    assert not result.missing
+    assert result.peers
+    # Keras sums probabilities' logarithms without a softmax; rows of bfloat16 sum to 1 +- 2^-8.
+    tolerance = 1e-2 if case.dtype == "bfloat16" else 1e-5
+    for name, loss in result.losses.items():
+        assert loss == pytest.approx(result.losses[OURS], rel=tolerance), name
+
+
+def test_a_peer_that_cannot_be_imported_is_missing_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "keras", None)
+    result = measure(SMALL[0], [KERAS_TORCH], "cpu", SHORT)
+    assert KERAS_TORCH not in result.seconds
+    assert result.missing[KERAS_TORCH].startswith("ModuleNotFoundError: import of keras")
+    report.print_times(Console(width=130), [result])
+    assert "Missing: Keras on torch (ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_when_called_is_missing_with_the_reason(monkeypatch):
+    def build(_case, _device):
+        def loss(_y_true, _y_pred):
+            raise RuntimeError("\n  no C++ compiler\nand much more")
+
+        return loss
+
+    monkeypatch.setitem(CANDIDATES, COMPILED, build)
+    result = measure(SMALL[0], [COMPILED], "cpu", SHORT)
+    assert result.missing == {COMPILED: "RuntimeError: no C++ compiler"}
+
+
+def made_up(peer_forward, peer_both):
+    """Ours takes 1 and 2 seconds; medians differ from means."""
+    case = Case((4, 8), floors={CROSS_ENTROPY: (1.5, 2.0)})
+    seconds = {
+        OURS: {"forward": [1.0, 1.0, 9.0], "both": [0.1, 2.0, 2.0]},
+        CROSS_ENTROPY: {"forward": [0.0, peer_forward, 99.0], "both": [peer_both] * 3},
+        COPY: {"at hand": [0.5], "fresh": [1.0]},
+    }
+    return Result(case, seconds)
+
+
+def test_ratios_are_of_medians_and_a_floor_is_reached_by_equality():
+    result = made_up(1.5, 3.9)
+    assert result.ratio(CROSS_ENTROPY, "forward") == 1.5
+    assert result.ratio(CROSS_ENTROPY, "both") == pytest.approx(1.95)
+    assert result.reaches(CROSS_ENTROPY, "forward") is True
+    assert result.reaches(CROSS_ENTROPY, "both") is False
+    assert report.conclusion([result, made_up(3, 4)]) == "3 of 4 ratios reach their floor"
+    assert result.nanoseconds(OURS, "both") == 2e9 / 32
+    assert np.isnan(result.median(COMPILED, "both"))
+
+
+def test_a_missed_floor_is_marked_in_the_table(capsys):
+    report.print_times(Console(width=130), [made_up(1.5, 3.9)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if CROSS_ENTROPY in line)
+    assert "below 1.95 (2.0)" in line and "below 1.50" not in line
+
+
+def test_memory_above_its_limit_is_marked_where_there_are_many_classes():
+    memory = {OURS: {"forward": 0.01, "both": 1.2}}
+    many, few = (Result(Case((4, classes)), memory=memory) for classes in (1000, 999))
+    assert report.memory_cell(many, OURS, "both") == "[red]above 1.20[/]"
+    assert report.memory_cell(many, OURS, "forward") == "0.01"
+    assert report.memory_cell(few, OURS, "both") == "1.20"
+    assert report.memory_cell(few, CROSS_ENTROPY, "both") == "-"
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "CASES", SMALL)
-    monkeypatch.setattr(
-        benchmark, "SWEEP", (Case((40, 10), quick=True), Case((4, 100), quick=True))
-    )
-    for effort in ("QUICK", "FULL", "TF_EFFORT"):
-        monkeypatch.setattr(benchmark, effort, SHORT)
-    monkeypatch.setattr(benchmark, "SAMPLE", 1e-5)
+    sweep = (Case((40, 10), quick=True), Case((4, 100), quick=True))
+    for name, value in {"CASES": SMALL, "SWEEP": sweep, "QUICK": SHORT, "FULL": SHORT}.items():
+        monkeypatch.setattr(command, name, value)
+    monkeypatch.setattr(measuring, "SAMPLE", 1e-5)
 
 
 def run(folder: Path, *arguments: str) -> dict:
@@ -52,12 +193,12 @@ def run(folder: Path, *arguments: str) -> dict:
     file = folder / "out.json"
     threads = str(torch.get_num_threads())
     places = ("--json", str(file), "--plots", str(folder), "--threads", threads)
-    assert benchmark.main([*places, *arguments]) == 0
+    assert command.main([*places, *arguments]) == 0
     return json.loads(file.read_text())
 
 
 def test_a_quick_run_prints_tables_and_writes_json_and_pictures(small, tmp_path, capsys):
-    found = run(tmp_path, "--quick", "--peers", f"{CROSS_ENTROPY},{benchmark.OF_LOG},tf.keras")
+    found = run(tmp_path, "--quick", "--peers", f"{CROSS_ENTROPY},{OF_LOG},tf.keras")
     printed = capsys.readouterr()
     assert "logits (6, 40)" in printed.out and CROSS_ENTROPY in printed.out
     assert "Missing: tf.keras (left out by --quick)" in printed.out
@@ -69,42 +210,6 @@ def test_a_quick_run_prints_tables_and_writes_json_and_pictures(small, tmp_path,
     assert {"date", "options", "machine", "versions"} <= found.keys()
     samples = found["cases"][0]["seconds"][CROSS_ENTROPY]["both"]
     assert len(samples) == 2 and min(samples) > 0
-
-
-@pytest.mark.usefixtures("tensorflow")
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_every_candidate_computes_the_same_loss(case):
-    peers = [name for name in benchmark.PEERS if name not in (COMPILED, benchmark.NONE_IGNORED)]
-    result = benchmark.measure(case, peers, "cpu", SHORT)
-    assert not result.missing
-    assert result.peers
-    # Keras sums probabilities' logarithms without a softmax; rows of bfloat16 sum to 1 +- 2^-8.
-    tolerance = 1e-2 if case.dtype == "bfloat16" else 1e-5
-    for name, loss in result.losses.items():
-        assert loss == pytest.approx(result.losses[OURS], rel=tolerance), name
-
-
-@pytest.mark.usefixtures("tensorflow")
-def test_every_floor_has_a_peer_that_takes_the_case():
-    for case in (*benchmark.CASES, *benchmark.CUDA_CASES):
-        tiny = dataclasses.replace(case, shape=tuple(min(size, 9) for size in case.shape))
-        for peer in set(case.floors) - {benchmark.MOVES}:
-            assert benchmark.CANDIDATES[peer](tiny, "cpu") is not None
-
-
-def test_half_of_the_labels_are_ignored_and_the_others_are_the_same():
-    ignored, whole = (benchmark.labels(Case((64, 10), half_ignored=half)) for half in (True, False))
-    assert (ignored == -100).sum() == 32
-    assert torch.equal(ignored[ignored != -100], whole[ignored != -100])
-
-
-def test_ours_with_none_ignored_counts_every_label():
-    case = Case((64, 10), half_ignored=True)
-    peer = benchmark.ours_none_ignored(case, "cpu")
-    z = benchmark.predictions(case)
-    want = torch.nn.functional.cross_entropy(z, benchmark.labels(Case((64, 10))))
-    assert peer is not None
-    assert peer(benchmark.labels(case), z).item() == pytest.approx(want.item(), rel=1e-6)
 
 
 @pytest.mark.usefixtures("tensorflow")
@@ -120,31 +225,10 @@ def test_the_real_tf_keras_is_measured_on_the_same_numbers(small, tmp_path, caps
     assert "Missing" not in capsys.readouterr().out
 
 
-def test_a_peer_that_cannot_be_imported_is_missing_with_the_reason(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "keras", None)
-    result = benchmark.measure(SMALL[0], [benchmark.KERAS_TORCH], "cpu", SHORT)
-    assert benchmark.KERAS_TORCH not in result.seconds
-    assert result.missing[benchmark.KERAS_TORCH].startswith("ModuleNotFoundError: import of keras")
-    benchmark.print_times(Console(width=130), [result])
-    assert "Missing: Keras on torch (ModuleNotFoundError" in capsys.readouterr().out
-
-
-def test_a_peer_that_fails_when_called_is_missing_with_the_reason(monkeypatch):
-    def build(_case, _device):
-        def loss(_y_true, _y_pred):
-            raise RuntimeError("\n  no C++ compiler\nand much more")
-
-        return loss
-
-    monkeypatch.setitem(benchmark.CANDIDATES, COMPILED, build)
-    result = benchmark.measure(SMALL[0], [COMPILED], "cpu", SHORT)
-    assert result.missing == {COMPILED: "RuntimeError: no C++ compiler"}
-
-
 def test_a_worker_that_ends_in_an_error_leaves_tf_keras_missing(small, tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("raise ImportError('no tensorflow here')")
-    monkeypatch.setattr(benchmark, "__file__", str(broken))
+    monkeypatch.setattr(tf_process, "PROGRAM", broken)
     found = run(tmp_path, "--peers", "tf.keras")
     assert found["cases"][0]["missing"] == {"tf.keras": "ImportError: no tensorflow here"}
 
@@ -163,73 +247,11 @@ def test_a_worker_that_ends_in_an_error_leaves_tf_keras_missing(small, tmp_path,
 )
 def test_wrong_usage_ends_with_2_before_anything_is_measured(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        benchmark.main(arguments)
+        command.main(arguments)
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert message in said
-    assert "--peers" not in arguments or all(f"  {name}" in said for name in benchmark.NAMES)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
-def test_the_peak_of_a_known_allocation_is_seen():
-    size = 64 * 2**20
-    peak = benchmark.peak_memory(lambda: torch.ones(size // 4), "cpu")
-    assert peak is not None and 60 * 2**20 <= peak <= 72 * 2**20
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
-def test_the_peak_counts_what_is_freed_within_the_call():
-    def call():
-        torch.ones(16 * 2**20).sum()
-        torch.ones(8 * 2**20).sum()
-
-    peak = benchmark.peak_memory(call, "cpu")
-    assert peak is not None and 60 * 2**20 <= peak <= 72 * 2**20
-
-
-def test_what_cannot_be_measured_is_no_peak(monkeypatch):
-    def refused(_call, _device):
-        raise PermissionError
-
-    monkeypatch.setattr(benchmark, "linux_peak", refused)
-    assert benchmark.peak_memory(lambda: None, "cpu") is None
-
-
-def made_up(peer_forward, peer_both):
-    """Ours takes 1 and 2 seconds; medians differ from means."""
-    case = Case((4, 8), floors={CROSS_ENTROPY: (1.5, 2.0)})
-    seconds = {
-        OURS: {"forward": [1.0, 1.0, 9.0], "both": [0.1, 2.0, 2.0]},
-        CROSS_ENTROPY: {"forward": [0.0, peer_forward, 99.0], "both": [peer_both] * 3},
-        benchmark.COPY: {"at hand": [0.5], "fresh": [1.0]},
-    }
-    return Result(case, seconds)
-
-
-def test_ratios_are_of_medians_and_a_floor_is_reached_by_equality():
-    result = made_up(1.5, 3.9)
-    assert result.ratio(CROSS_ENTROPY, "forward") == 1.5
-    assert result.ratio(CROSS_ENTROPY, "both") == pytest.approx(1.95)
-    assert result.reaches(CROSS_ENTROPY, "forward") is True
-    assert result.reaches(CROSS_ENTROPY, "both") is False
-    assert benchmark.conclusion([result, made_up(3, 4)]) == "3 of 4 ratios reach their floor"
-    assert result.nanoseconds(OURS, "both") == 2e9 / 32
-    assert np.isnan(result.median(COMPILED, "both"))
-
-
-def test_a_missed_floor_is_marked_in_the_table(capsys):
-    benchmark.print_times(Console(width=130), [made_up(1.5, 3.9)])
-    line = next(line for line in capsys.readouterr().out.splitlines() if CROSS_ENTROPY in line)
-    assert "below 1.95 (2.0)" in line and "below 1.50" not in line
-
-
-def test_memory_above_its_limit_is_marked_where_there_are_many_classes():
-    memory = {OURS: {"forward": 0.01, "both": 1.2}}
-    many, few = (Result(Case((4, classes)), memory=memory) for classes in (1000, 999))
-    assert benchmark._memory(many, OURS, "both") == "[red]above 1.20[/]"
-    assert benchmark._memory(many, OURS, "forward") == "0.01"
-    assert benchmark._memory(few, OURS, "both") == "1.20"
-    assert benchmark._memory(few, CROSS_ENTROPY, "both") == "-"
+    assert "--peers" not in arguments or all(f"  {name}" in said for name in NAMES)
 
 
 WITHOUT = """
@@ -249,11 +271,10 @@ runpy.run_path({path!r}, run_name="__main__")
 @pytest.mark.parametrize(("script", "missing", "message"), [
     ("benchmark", "rich", "The benchmark needs rich and matplotlib: pip install rich matplotlib"),
     ("benchmark", "matplotlib", "The benchmark needs rich and matplotlib: pip install rich"),
-    ("cross_check", "rich", "The cross-check needs rich: pip install rich"),
+    ("cross_check.py", "rich", "The cross-check needs rich: pip install rich"),
 ])  # fmt: skip
 def test_a_script_says_what_it_needs(script, missing, message):
-    path = Path(benchmark.__file__).with_name(f"{script}.py")
-    code = WITHOUT.format(missing=missing, path=str(path))
-    done = subprocess.run([sys.executable, "-c", code], cwd=path.parents[1], capture_output=True,
+    code = WITHOUT.format(missing=missing, path=str(SCRIPTS / script))
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS.parent, capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith(message), done.stderr

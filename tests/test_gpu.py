@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmark import cuda_peak
+from benchmark.measuring import cuda_peak
 from test_kernels import MODELS, rows
 
 from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy, metrics

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from benchmark import FORWARD, peak_memory
+from benchmark.measuring import FORWARD, peak_memory
 
 from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy
 

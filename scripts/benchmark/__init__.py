@@ -1,0 +1,19 @@
+"""Measures the time and memory of torch_sce and of other implementations.
+
+    cases       what is measured: shapes, kinds of predictions, and the speed-ups we mean to reach
+    peers       the implementations compared
+    measuring   the time and the peak memory of calls; knows nothing of the others
+    results     measures the implementations on a case
+    tf_process  the same for tf.keras, in a process of its own
+    report      tables for the terminal, JSON
+    plots       pictures
+    command     the command line, `python scripts/benchmark`
+
+A candidate is torch_sce or a peer: a function of labels and predictions that returns the mean
+loss. All candidates of a case get the same tensors and run in turn in one process; tf.keras runs
+after them. "forward" is the loss under grad mode, "both" the loss and its backward pass.
+
+Two copies of the predictions are timed with them. A copy into an existing tensor is one read and
+one write, the least that both passes can do. A copy into a new tensor shows what the first touch
+of its pages costs.
+"""

@@ -17,6 +17,7 @@ import torchmetrics
 import torch_sce
 from torch_sce import metrics
 from torch_sce.reduction import sample_means
+from torch_sce.samples import leading
 
 NAN = float("nan")
 ALL = [getattr(metrics, name) for name in metrics.__all__]
@@ -292,7 +293,7 @@ class TestMeans:
     def test_a_weight_of_another_shape_is_refused(self, shape):
         rule = re.escape(f"(2, 3) from the first axis, as (2,) does, got {shape}")
         with pytest.raises(ValueError, match="sample_weight must broadcast to .* " + rule):
-            sample_means(self.VALUES, torch.ones(shape))
+            leading("sample_weight", torch.ones(shape), self.VALUES.shape)
         metric = metrics.SparseCategoricalCrossentropy()
         with pytest.raises(ValueError, match="mask must broadcast to .* " + rule):
             metric.update_state([[0, 0, 0]] * 2, torch.rand(2, 3, 4), mask=torch.ones(shape))

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from torch_sce.crosscheck import answers, campaign, command, report, tally
 from torch_sce.crosscheck import compare as compare_module
-from torch_sce.crosscheck.answers import Answer, LiveOracle, ours
+from torch_sce.crosscheck.answers import Answer, ours
 from torch_sce.crosscheck.campaign import Block, Oracles, Plan, compare, opened, tally_of
 from torch_sce.crosscheck.command import AGREEMENT, DISAGREEMENT, INTERRUPTED, NO_ORACLE, USAGE
 from torch_sce.crosscheck.compare import AGREES, MISMATCH, judge
 from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.live import LiveOracle
 from torch_sce.crosscheck.tally import Tally, gaps, joined
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "cross_check.py"

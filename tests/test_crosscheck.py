@@ -16,7 +16,7 @@ from paths import INTERPRETED, PATHS, SLOWEST, take_path
 
 import torch_sce
 from torch_sce.crosscheck import campaign, report
-from torch_sce.crosscheck.answers import LiveOracle, OracleError, RecordedOracle, ours
+from torch_sce.crosscheck.answers import OracleError, ours
 from torch_sce.crosscheck.cases import LOSSES, to_bfloat16
 from torch_sce.crosscheck.command import (
     AGREEMENT,
@@ -29,6 +29,8 @@ from torch_sce.crosscheck.command import (
 )
 from torch_sce.crosscheck.compare import MISMATCH, judge, reference
 from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.live import LiveOracle
+from torch_sce.crosscheck.recorded import RecordedOracle
 
 PACKAGE = Path(torch_sce.__file__).parent
 

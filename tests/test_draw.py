@@ -11,29 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torch_sce.crosscheck.answers import (
-    RECORDED,
-    WHOLE,
-    Answer,
-    OracleError,
-    RecordedOracle,
-    ours,
-    record,
-    thinned,
-)
+from torch_sce.crosscheck.answers import Answer, OracleError, ours
 from torch_sce.crosscheck.bits import Bits
 from torch_sce.crosscheck.command import CASES, SEED
 from torch_sce.crosscheck.compare import MISMATCH, judge
 from torch_sce.crosscheck.draw import LARGE_SIZES, draw
+from torch_sce.crosscheck.recorded import RECORDED, WHOLE, RecordedOracle, record, thinned
 from torch_sce.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 
 # All recorded cases must be drawn alike, and some compared.
 PROGRAM = f"""
-from torch_sce.crosscheck.answers import RecordedOracle, ours
+from torch_sce.crosscheck.answers import ours
 from torch_sce.crosscheck.compare import MISMATCH, judge
 from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.recorded import RecordedOracle
 
 oracle = RecordedOracle()
 cases = [draw({SEED}, index) for index in range({CASES})]

@@ -3,7 +3,9 @@
     cases         what a case is
     draw          makes them at random: a seed and a number give the same case every time
     bits          the random numbers it takes, the same on every machine
-    answers       asks tf.keras in a process of its own (worker), a record of it, or ourselves
+    answers       an answer, and what we make of a case
+    live          asks tf.keras, or another Keras, in a process of its own (worker)
+    recorded      tf.keras's answers on file, for machines without TensorFlow
     reference     the float64 answer, and how far rounding may carry an answer from it
     differences   the rows in which we differ from tf.keras on purpose
     compare       judges a case: agrees, differs on purpose, or mismatch

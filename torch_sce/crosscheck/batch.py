@@ -24,10 +24,11 @@ from ..explain import Explanation, explain
 from ..losses import SparseCategoricalCrossentropy
 from ..options import REDUCTIONS, parse_dtype
 from . import report
-from .answers import TARGET, Answer, LiveOracle, our_versions, ours
+from .answers import Answer, our_versions, ours
 from .blocks import judge_in_blocks, measured, refusal
 from .cases import LOSSES, Batch, Case
 from .compare import MISMATCH, Verdict
+from .live import TARGET, LiveOracle
 from .rules import Step, steps
 
 NEEDED, OPTIONAL = ("y_true", "y_pred"), ("sample_weight", "mask")

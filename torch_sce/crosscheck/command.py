@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import batch, report
-from .answers import FLOAT64, LIVE, RECORDED, TARGET, OracleError, record
+from .answers import FLOAT64, OracleError
 from .campaign import (
     Block,
     Compared,
@@ -27,6 +27,8 @@ from .campaign import (
 )
 from .compare import MISMATCH
 from .draw import draw
+from .live import LIVE, TARGET
+from .recorded import RECORDED, record
 from .tally import Ranges, Tally
 
 CASES = 4000

@@ -3,8 +3,10 @@
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -293,6 +295,14 @@ class TestCommand:
         assert code == AGREEMENT == 0
         assert "60 of the cases of --seed 0" in out and "0 mismatches" in out
         assert re.search(r"ours median [\d.]+, mean [\d.]+, largest [\d.]+", out)
+
+    def test_the_package_is_the_command_too(self, tmp_path):
+        command = [sys.executable, "-m", "torch_sce.crosscheck", "--oracle", "float64"]
+        root = {"PYTHONPATH": str(PACKAGE.parent)}
+        done = subprocess.run([*command, "--cases", "3", "--workers", "2"], cwd=tmp_path,
+                              env=os.environ | root, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == AGREEMENT, done.stderr
+        assert "3 of 3 cases agree with the float64 rules" in done.stdout
 
     @pytest.mark.filterwarnings("default")
     def test_a_mismatch_is_exit_code_1_with_the_command_that_shows_it(

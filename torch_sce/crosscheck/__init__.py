@@ -12,9 +12,9 @@
     tally         what came of many cases, added up
     campaign      compares them, here or in several processes
     report        tables for the terminal, JSON, HTML
-    command       the command line, `python scripts/cross_check.py`
+    command       the command line, `python -m torch_sce.crosscheck`
 
-    batch         the same for one batch of a user's own, `cross_check.py batch FILE.npz`
+    batch         the same for one batch of a user's own, `... batch FILE.npz`
     blocks        judges a large batch, some of its rows at a time
     rules         from F.cross_entropy to Keras's loss, one rule at a time
 

@@ -1,4 +1,4 @@
-"""`cross_check.py batch FILE.npz`: one batch of a user's own, from three sides.
+"""`python -m torch_sce.crosscheck batch FILE.npz`: one batch of a user's own, from three sides.
 
 What tf.keras, torch_sce and `F.cross_entropy` make of it, and which rule accounts for how much of
 the difference.
@@ -40,7 +40,7 @@ WEIGHTS = ("shape of a weight", "weight along the wrong axis")
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cross_check.py batch",
+        prog="python -m torch_sce.crosscheck batch",
         description="Shows what tf.keras, torch_sce and F.cross_entropy make of a batch of your "
         "own, with integer labels, and which rule accounts for the difference.",
         epilog="Write the file with np.savez(FILE, y_true=..., y_pred=..., sample_weight=..., "

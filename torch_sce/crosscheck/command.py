@@ -33,6 +33,7 @@ from .tally import Ranges, Tally
 
 CASES = 4000
 SEED = 0
+PROGRAM = "python -m torch_sce.crosscheck"
 SAVE_EVERY = 30.0  # seconds
 AGREEMENT, DISAGREEMENT, USAGE, NO_ORACLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        prog=PROGRAM,
         description="Compares torch_sce with the real tf.keras on random cases: value, gradient, "
         "shape, dtype and errors.",
         epilog="`batch FILE.npz` instead of options looks at a batch of your own: `batch --help`. "
@@ -310,7 +312,3 @@ def _progress(
                 some = f", {mismatches} mismatch{'es' * (mismatches > 1)}" if mismatches else ""
                 console.print(f"{done} of {total} compared{some}", highlight=False)
                 said = done
-
-
-if __name__ == "__main__":
-    sys.exit(main())

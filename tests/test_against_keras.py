@@ -7,11 +7,11 @@ from conftest import make_case
 
 from torch_sce import SparseCategoricalCrossentropy
 from torch_sce.crosscheck.answers import ours
+from torch_sce.crosscheck.bounds import SLACK, UNIT, growth
 from torch_sce.crosscheck.command import CASES, SEED
 from torch_sce.crosscheck.compare import AGREES, GRADIENTS, differs, judge, reference
 from torch_sce.crosscheck.draw import draw
 from torch_sce.crosscheck.recorded import RecordedOracle
-from torch_sce.crosscheck.reference import SLACK, UNIT, growth
 
 EDGE = test_losses.TestValuesAtTheEdge
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)

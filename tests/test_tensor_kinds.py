@@ -31,8 +31,8 @@ from torch_sce import (
     sparse_categorical_accuracy,
     sparse_categorical_crossentropy,
 )
-from torch_sce.samples import CLIP
 from torch_sce.kernels import IGNORED, aten, cpu, targets
+from torch_sce.samples import CLIP
 
 pytestmark = pytest.mark.skipif("torch.get_default_device().type != 'cpu'")
 

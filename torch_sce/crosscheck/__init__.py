@@ -6,7 +6,8 @@
     answers       an answer, and what we make of a case
     live          asks tf.keras, or another Keras, in a process of its own (worker)
     recorded      tf.keras's answers on file, for machines without TensorFlow
-    reference     the float64 answer, and how far rounding may carry an answer from it
+    reference     tf.keras's rules in float64: the right answer; reference_metrics: of metrics
+    bounds        how far rounding may carry an answer from it
     differences   the rows in which we differ from tf.keras on purpose
     compare       judges a case: agrees, differs on purpose, or mismatch
     tally         what came of many cases, added up

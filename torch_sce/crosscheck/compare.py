@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .answers import Answer
+from .bounds import LEAST, UNIT, Expected, expected
 from .cases import Case
 from .differences import DIFFERENCES
-from .reference import LARGEST, LEAST, UNIT, Expected, Refused, expected, overflowed
+from .reference import LARGEST, Refused, overflowed
 from .reference_metrics import expected_metric
 
 AGREES, DELIBERATE, MISMATCH = "agrees", "deliberate", "mismatch"

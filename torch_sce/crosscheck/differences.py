@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .answers import Answer
+from .bounds import UNIT
 from .cases import Batch, Case, to_bfloat16
-from .reference import UNIT, matched
+from .reference import HALVES, matched
 
-HALVES = ("float16", "bfloat16")
 Condition = Callable[[Case, Answer, Answer, str], bool]
 
 

@@ -17,7 +17,7 @@ from conftest import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_sce.crosscheck import answers, campaign, command, report, tally
+from torch_sce.crosscheck import answers, campaign, command, tally
 from torch_sce.crosscheck import compare as compare_module
 from torch_sce.crosscheck.answers import Answer, ours
 from torch_sce.crosscheck.campaign import Block, Oracles, Plan, compare, opened, tally_of
@@ -341,13 +341,13 @@ def test_a_live_oracle_in_each_process_gives_what_is_recorded(run, tensorflow):
 
 
 def test_the_file_is_written_while_it_runs(run, monkeypatch):
-    saved, save = [], report.save
+    saved, save = [], command.save
 
     def counting(results, path):
         save(results, path)
         saved.append(json.loads(path.read_text())["cases"])
 
-    monkeypatch.setattr(report, "save", counting)
+    monkeypatch.setattr(command, "save", counting)
     monkeypatch.setattr(command, "SAVE_EVERY", 0)
     run("found.json")
     assert saved == [20, 40, 60, 80, 90, 110, 130, 150, 170, 180, 180]

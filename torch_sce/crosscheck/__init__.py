@@ -12,7 +12,8 @@
     compare       judges a case: agrees, differs on purpose, or mismatch
     tally         what came of many cases, added up
     campaign      compares them, here or in several processes
-    report        tables for the terminal, JSON, HTML
+    results       that in tables and sentences, and the JSON file that keeps it
+    report        shows it in the terminal and as HTML (page, plots, templates)
     command       the command line, `python -m torch_sce.crosscheck`
 
     batch         the same for one batch of a user's own, `... batch FILE.npz`

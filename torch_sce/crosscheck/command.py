@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import batch, report
+from . import batch, page, report
 from .answers import FLOAT64, OracleError
 from .campaign import (
     Block,
@@ -29,6 +29,7 @@ from .compare import MISMATCH
 from .draw import draw
 from .live import LIVE, TARGET
 from .recorded import RECORDED, record
+from .results import Results, Setting, resume, save
 from .tally import Ranges, Tally
 
 CASES = 4000
@@ -127,8 +128,8 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     """What argparse cannot check by itself; ends the program with exit code 2."""
     check_device(parser, options.device)
     for path in (options.json, options.record):
-        report.check_file(parser, path)
-    report.check_html(parser, options.html)
+        page.check_file(parser, path)
+    page.check_html(parser, options.html)
     if options.case is not None and options.filter:
         parser.error("--case is one case, --filter chooses among many: pass one of them")
     if options.case is not None and (options.resume or options.seeds > 1):
@@ -210,9 +211,9 @@ def _start(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
     versions: dict[str, dict[str, str]],
-) -> report.Results:
+) -> Results:
     """The results of no case yet, or those of the run that goes on."""
-    setting = report.Setting(
+    setting = Setting(
         options.oracle, options.filter, _device_name(options.device),
         versions["target"] | versions["ours"], source(),
     )  # fmt: skip
@@ -225,16 +226,16 @@ def _start(
         choice = [*seeds, "--cases", str(options.cases), *filters]
     else:
         choice = ["--case", str(options.case)]
-    results = report.Results(Tally(), _seeds(options), setting, arguments, choice)
+    results = Results(Tally(), _seeds(options), setting, arguments, choice)
     if options.resume and options.json.exists():
         try:
-            report.resume(results, options.json, options.cases)
+            resume(results, options.json, options.cases)
         except ValueError as error:
             parser.error(f"--resume: {error}; delete the file, or name another")
     return results
 
 
-def _print_start(console: Console, options: argparse.Namespace, setting: report.Setting) -> None:
+def _print_start(console: Console, options: argparse.Namespace, setting: Setting) -> None:
     listed = ", ".join(f"{name} {number}" for name, number in setting.versions.items())
     seeds = _seeds(options)
     last = "" if len(seeds) == 1 else f" to {seeds[-1]}"
@@ -250,7 +251,7 @@ def _compare(
     options: argparse.Namespace,
     console: Console,
     comparing: Here | Workers,
-    results: report.Results,
+    results: Results,
     began: float,
 ) -> None:
     """Adds what comes of the cases to the results, and writes them now and then, and at the end."""
@@ -265,14 +266,14 @@ def _compare(
             now = time.perf_counter()
             results.seconds = earlier + now - began
             if options.json and now - saved > SAVE_EVERY:
-                report.save(results, options.json)
+                save(results, options.json)
                 saved = now
     finally:
         if options.json and tally.finished:
-            report.save(results, options.json)
+            save(results, options.json)
 
 
-def _interrupted(options: argparse.Namespace, console: Console, results: report.Results) -> int:
+def _interrupted(options: argparse.Namespace, console: Console, results: Results) -> int:
     done = _count(results.tally.finished)
     if done:
         report.print_conclusion(console, results)

@@ -69,6 +69,7 @@ class RowBounds:
     gradient_size: np.ndarray
     after: np.ndarray | float = 1.0  # what a product with g may be multiplied by on its way back
     target_gradient: np.ndarray | None = None
+    keep: float = 1.0  # what smoothing leaves of a target
 
 
 def expected(case: Case, poisons: bool = False) -> Expected:
@@ -97,6 +98,9 @@ def bounded(case: Case, given: Given, rows: Losses, total: Reduced, off: RowBoun
     if rows.target_gradient is not None and off.target_gradient is not None:
         slope = np.abs(rows.target_gradient)
         target_scale = g * (off.target_gradient + SLACK * slope) + lost_of_g * slope + lost
+        # It may overflow before it is multiplied by what smoothing leaves of a target.
+        overflows = g * slope / off.keep >= LARGEST.get(row_dtype(case), np.inf)
+        target_scale = np.where(overflows, np.inf, target_scale)
         target_scale = in_layout(target_scale, given, case.y_true)
     return Expected(
         **vars(answer(case, given, rows, total)),
@@ -180,7 +184,7 @@ def _targets_from_logits(z: np.ndarray, t: np.ndarray, keep: float, dtype: str) 
     slope = share * total * (2 * reach + weighted + 2 * np.log(s) + 2 * sums)
     slope = slope + total * flushed(dtype) + SLACK * np.abs(t)
     size = share * total + np.abs(t)
-    return RowBounds(loss, loss_size, slope, size, target_gradient=keep * log_scale)
+    return RowBounds(loss, loss_size, slope, size, target_gradient=keep * log_scale, keep=keep)
 
 
 def _targets_from_probabilities(q: np.ndarray, t: np.ndarray, keep: float, dtype: str) -> RowBounds:
@@ -201,6 +205,8 @@ def _targets_from_probabilities(q: np.ndarray, t: np.ndarray, keep: float, dtype
     near = sum(np.abs(n - bound) <= 2 * off * unit * bound for bound in clip_bounds(dtype)) > 0
     lost = off * unit > 0.01  # nothing is left of a sum that cancels
     unsure = (near & (t != 0)).any(-1, keepdims=True) | lost
+    # If all are clipped the gradient is 0, even for a g that is NaN.
+    unsure |= (near | (c != n)).all(-1, keepdims=True) & near.any(-1, keepdims=True)
     loss = (np.abs(t) * (log_scale + sums * depth)).sum(-1)
     worse = np.maximum(off / sums, 1)
     loss_size = worse[..., 0] * np.maximum((np.abs(t) * depth).sum(-1), 1)
@@ -213,6 +219,7 @@ def _targets_from_probabilities(q: np.ndarray, t: np.ndarray, keep: float, dtype
         np.where(unsure, np.inf, worse * size),
         after,
         np.where(lost, np.inf, keep * log_scale),
+        keep,
     )
 
 

@@ -346,7 +346,7 @@ ERRORS = [
     (([0, 3, 7, 0], Z(4, 3)), {}, ValueError, 
      r"\[0, 3\), the classes on axis 1 of y_pred, got 3 at position \(1,\) and at 1 other"),
     (([[0, 1], [9, 0]], Z(2, 2, 3)), {}, ValueError, r"got 9 at position \(1, 0\)\.$"),
-    (([0, -1], Z(2, 3)), {}, ValueError, "If -1 marks samples to leave out, pass ignore_class=-1"),
+    (([0, -1], Z(2, 3)), {}, ValueError, "If -1 marks positions to leave out, pass ignore_class=-1"),
     (([0, -100], Z(2, 3)), {}, ValueError, "pass ignore_class=-100"),
     (([0, 255], Z(2, 3)), {}, ValueError, "pass ignore_class=255"),
     (([1, 3, 2], Z(3, 3)), {}, ValueError, "The labels seem to start at 1: subtract 1"),

@@ -174,9 +174,9 @@ REFUSED = [
     ((4,), (4, 1, 1), r"got \(4, 1, 1\)$"),
     ((1,), (4,), r"got \(4,\)$"),
     ((), (3,), r"the losses' shape \(\), got \(3,\)$"),
-    ((2, 3), (2,), r"for one value per sample pass {}\[:, None\]$"),
-    ((3, 3), (3,), r"for one value per sample pass {}\[:, None\]$"),
-    ((3, 2, 3), (3,), r"for one value per sample pass {}\[:, None, None\]$"),
+    ((2, 3), (2,), r"for one value per example pass {}\[:, None\]$"),
+    ((3, 3), (3,), r"for one value per example pass {}\[:, None\]$"),
+    ((3, 2, 3), (3,), r"for one value per example pass {}\[:, None, None\]$"),
     ((2, 3), (2, 3, 3), r"got \(2, 3, 3\)$"),
 ]
 

@@ -202,7 +202,7 @@ def test_a_case_is_judged_the_same_in_blocks(monkeypatch):
             monkeypatch.setattr(blocks, "ELEMENTS", 20)
             found = judge_in_blocks(case, keras, our)
             monkeypatch.undo()
-            assert found.outcome == whole.outcome, (case.index, found.reason, whole.reason)
+            assert found.outcome == whole.outcome, f"{found}, as a whole: {whole}"
             seen[found.outcome] += 1
     assert seen["agrees"] > 100 and seen["mismatch"] > 100
 

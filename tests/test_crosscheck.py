@@ -29,7 +29,7 @@ from torch_sce.crosscheck.command import (
     USAGE,
     main,
 )
-from torch_sce.crosscheck.compare import MISMATCH, judge
+from torch_sce.crosscheck.compare import AGREES, MISMATCH, Verdict, judge, mismatches
 from torch_sce.crosscheck.draw import draw
 from torch_sce.crosscheck.live import LiveOracle
 from torch_sce.crosscheck.recorded import RecordedOracle
@@ -210,7 +210,14 @@ def verdicts(recorded):
 
 
 def test_without_a_mutation_nothing_is_caught(verdicts):
-    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+    assert mismatches(verdicts) == []
+
+
+def test_a_mismatch_names_its_case_and_the_command_that_shows_it():
+    verdict = Verdict(draw(3, 123), MISMATCH, "float64 and ours: value 1 and 2")
+    command = "python scripts/cross_check.py --seed 3 --case 123"
+    text = f"case 123: float64 and ours: value 1 and 2; {command}"
+    assert mismatches([verdict, Verdict(draw(3, 124), AGREES)]) == [text]
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path not in (SLOWEST, "small")])
@@ -227,7 +234,7 @@ def test_every_path_agrees_with_keras(path, recorded, monkeypatch):
             if case.is_loss and "bfloat16" not in (case.y_pred_dtype, case.options.get("dtype"))
         ]
     verdicts = [judge(case, answer, ours(case)) for case, answer in cases]
-    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+    assert mismatches(verdicts) == []
 
 
 def test_our_errors_are_no_larger_than_keras_s(verdicts):
@@ -250,7 +257,7 @@ def test_where_labels_are_not_read_bad_ones_give_nan_and_nothing_else_changes(
     """What `--device cuda` expects, on the CPU with the reading of labels turned off."""
     monkeypatch.setattr("torch_sce.functional.check_range", lambda *arguments: None)
     verdicts = [judge(case, answer, ours(case), poisons=True) for case, answer in recorded]
-    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+    assert mismatches(verdicts) == []
     assert sum(v.reason == "bad labels on a device" for v in verdicts) > 20
 
 
@@ -468,6 +475,5 @@ class TestCommand:
         cases = [draw(5, index) for index in range(30)]
         stored = list(RecordedOracle(path).answers(cases))
         assert len(stored) == 30
-        assert all(
-            judge(c, a, ours(c)).outcome != MISMATCH for c, a in zip(cases, stored, strict=True)
-        )
+        verdicts = [judge(c, a, ours(c)) for c, a in zip(cases, stored, strict=True)]
+        assert mismatches(verdicts) == []

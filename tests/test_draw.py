@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 # All recorded cases must be drawn alike, and some compared.
 PROGRAM = f"""
 from torch_sce.crosscheck.answers import ours
-from torch_sce.crosscheck.compare import MISMATCH, judge
+from torch_sce.crosscheck.compare import judge, mismatches
 from torch_sce.crosscheck.draw import draw
 from torch_sce.crosscheck.recorded import RecordedOracle
 
@@ -34,7 +34,7 @@ drawn = [case.fingerprint for case in cases]
 assert drawn == [fingerprint for fingerprint, *_ in oracle.entries]
 some = cases[::10]
 verdicts = [judge(c, a, ours(c)) for c, a in zip(some, oracle.answers(some), strict=True)]
-assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+assert not mismatches(verdicts), mismatches(verdicts)
 """
 
 

@@ -1,12 +1,13 @@
 """Two answers, and whether they are the same as far as rounding can tell."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .answers import Answer
 from .bounds import LEAST, UNIT, Expected, expected
-from .cases import Case
+from .cases import Case, command
 from .differences import DIFFERENCES
 from .reference import LARGEST, Refused, overflowed
 from .reference_metrics import expected_metric
@@ -23,6 +24,19 @@ class Verdict:
     outcome: str  # AGREES, MISMATCH or DELIBERATE
     reason: str = ""  # what differs, the name of a deliberate difference, "raises" if both do
     ulps: dict[str, float] = field(default_factory=dict)  # "ours, value", ...
+
+    def __str__(self) -> str:
+        """Which case, what came of it, and the command that shows it, if it was drawn."""
+        case, mismatch = self.case, self.outcome == MISMATCH
+        said = self.reason if mismatch else f"{self.outcome} {self.reason}".strip()
+        if not case.features:
+            return f"{case.form} {case.name}({case.options}): {said}"
+        return f"case {case.index}: {said}; {command(case.seed, case.index)}"
+
+
+def mismatches(verdicts: Iterable[Verdict]) -> list[str]:
+    """Those cases, for an assertion that there are none."""
+    return [str(verdict) for verdict in verdicts if verdict.outcome == MISMATCH]
 
 
 def judge(case: Case, keras: Answer | None, ours: Answer, poisons: bool = False) -> Verdict:

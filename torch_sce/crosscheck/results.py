@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .answers import FLOAT64
+from .cases import SCRIPT, command
 from .compare import AGREES, DELIBERATE, MISMATCH
 from .differences import DIFFERENCES
 from .tally import PARTS, WHO, Mismatch, Row, Tally
 
-SCRIPT = ("python", "scripts/cross_check.py")
 OUTCOMES = {AGREES: "agree", DELIBERATE: "on purpose", MISMATCH: "mismatch"}
 
 
@@ -61,8 +61,7 @@ class Results:
 
     def reproduce(self, case: Mismatch) -> str:
         """The command that shows this case."""
-        chosen = ("--seed", str(case.seed), "--case", str(case.case))
-        return shlex.join([*SCRIPT, *chosen, *self.arguments])
+        return command(case.seed, case.case, self.arguments)
 
     @property
     def command(self) -> str:

@@ -353,6 +353,7 @@ class TestCommand:
         ["--cases", "20", "--filter", "reduction: product"], ["--device", "cuda:99"],
         ["--cases", "20", "--filter", "reduction: sum", "--filter", "reduction: mean"],
         ["--case", "3", "--filter", "reduction: sum"], ["--case", "-3"], ["--seed", "-1"],
+        ["--case", "3", "--workers", "2"],
         ["--device", "gpu"], ["--json", "/no/such/folder/x.json"],
         ["--record", "x.npz", "--oracle", "recorded"],
     ])  # fmt: skip
@@ -412,9 +413,11 @@ class TestCommand:
         assert "cross_check.py --seed 0 --case 0 --oracle recorded" in page.read_text()
 
     def test_cases_that_were_not_recorded_are_exit_code_3(self, capsys):
-        code, out = self.run(capsys, "--seed", "9", "--cases", "5", "--oracle", "recorded")
-        assert code == NO_ORACLE
-        assert "answers are recorded for --seed 0" in out
+        for arguments in (("--seed", "9"), ("--cases", str(CASES + 1)), ("--seeds", "2")):
+            code, out = self.run(capsys, *arguments, "--oracle", "recorded")
+            assert code == NO_ORACLE
+            assert f"answers are recorded for --seed 0 and cases below {CASES}" in out
+            assert "compared" not in out  # it says so at once
 
     def test_a_case_that_has_changed_is_not_compared_with_its_record(self):
         case = draw(SEED, 0)

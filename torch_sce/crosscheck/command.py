@@ -28,7 +28,7 @@ from .campaign import (
 from .compare import MISMATCH
 from .draw import draw
 from .live import LIVE, TARGET
-from .recorded import RECORDED, record
+from .recorded import RECORDED, RecordedOracle, record
 from .results import Results, Setting, resume, save
 from .tally import Ranges, Tally
 
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser()
         options = parser.parse_args(arguments)
         _check_usage(parser, options)
+        if options.oracle == "recorded":
+            _require_recorded(options)
         _check_filters(parser, options)
         return _run(parser, options, console)
     except KeyboardInterrupt:
@@ -132,8 +134,8 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     page.check_html(parser, options.html)
     if options.case is not None and options.filter:
         parser.error("--case is one case, --filter chooses among many: pass one of them")
-    if options.case is not None and (options.resume or options.seeds > 1):
-        parser.error("--case is one case, --resume and --seeds are for many: pass one of them")
+    if options.case is not None and (options.resume or options.seeds > 1 or options.workers > 1):
+        parser.error("--case is one case; --resume, --seeds and --workers are for many")
     if options.resume and options.json is None:
         parser.error("--resume goes on with a file: name it by --json")
     everything = options.oracle == TARGET and not options.filter and options.case is None
@@ -143,6 +145,12 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--record takes the cases of one seed in order: leave out --workers, --seeds")
     if options.record is not None and options.resume:
         parser.error("--record takes all answers of one run: leave out --resume")
+
+
+def _require_recorded(options: argparse.Namespace) -> None:
+    """Raises OracleError now if the last case would: it may be hours away."""
+    last = options.cases - 1 if options.case is None else options.case
+    RecordedOracle().require_recorded(_seeds(options)[-1], last)
 
 
 def _check_filters(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -176,7 +184,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: 
     if options.oracle != FLOAT64:
         console.print(f"Starting {options.oracle} ...", highlight=False)
     with interruptible() as stopped:
-        alone = options.workers == 1 or options.case is not None
+        alone = options.workers == 1
         comparing = Here(plan, stopped, kept) if alone else Workers(plan, options.workers, stopped)
         with comparing:
             results = _start(parser, options, comparing.versions)

@@ -46,11 +46,7 @@ class RecordedOracle:
             OracleError: a case that was not recorded, or that is drawn differently today.
         """
         for case in cases:
-            if case.seed != self.seed or case.index >= len(self.entries):
-                raise OracleError(
-                    f"answers are recorded for --seed {self.seed} and cases below "
-                    f"{len(self.entries)}, not for --seed {case.seed}, case {case.index}"
-                )
+            self.require_recorded(case.seed, case.index)
             fingerprint, fields, arrays = self.entries[case.index]
             if fingerprint != case.fingerprint:
                 raise OracleError(
@@ -59,6 +55,13 @@ class RecordedOracle:
                 )
             found: dict[str, Any] = {key: self._array(*where) for key, where in arrays.items()}
             yield Answer(**fields, **found)
+
+    def require_recorded(self, seed: int, index: int) -> None:
+        if seed != self.seed or index >= len(self.entries):
+            raise OracleError(
+                f"answers are recorded for --seed {self.seed} and cases below "
+                f"{len(self.entries)}, not for --seed {seed}, case {index}"
+            )
 
     def _array(self, dtype: str, start: int, shape: list[int]) -> np.ndarray:
         return self.flat[dtype][start : start + int(np.prod(shape))].reshape(shape)

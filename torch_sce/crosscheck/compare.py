@@ -8,7 +8,7 @@ import numpy as np
 from .answers import Answer
 from .bounds import LEAST, UNIT, Expected, expected
 from .cases import Case, command
-from .differences import DIFFERENCES
+from .differences import DIFFERENCES, Disagreement
 from .reference import LARGEST, Refused, overflowed
 from .reference_metrics import expected_metric
 
@@ -64,8 +64,9 @@ def judge_against(
     if keras is None or difference is None:
         raises = "raises" if ours.error else ""
         return Verdict(case, AGREES, raises, _errors(case, keras, ours, right))
+    found = Disagreement(case, keras, ours, refused)
     for each in DIFFERENCES:
-        if each.applies(case, keras, ours, refused):
+        if each.applies(found):
             return Verdict(case, DELIBERATE, each.name)
     if poisons and keras.error and right is not None:
         return Verdict(case, DELIBERATE, "bad labels on a device")

@@ -152,7 +152,7 @@ def test_an_oracle_that_fails_in_a_process_is_exit_code_3(run, monkeypatch):
     (["--seed", "4"], "has cases of seed 3 up to 19, not asked for here"),
     (["--cases", "10"], "has cases of seed 3 up to 19, not asked for here"),
     (["--filter", "reduction: sum"], "was made with filters [], not ['reduction: sum']"),
-    (["--oracle", "recorded"], "was made with oracle float64, not recorded"),
+    (["--oracle", "keras-jax"], "was made with oracle float64, not keras-jax"),
 ])  # fmt: skip
 def test_a_run_goes_on_only_with_what_it_began_with(arguments, message, run, at_merge, capsys):
     at_merge(1, interrupt)

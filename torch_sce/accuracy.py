@@ -177,7 +177,7 @@ def _batch(y_pred: Tensor) -> Tensor:
         return y_pred
     raise ValueError(
         f"y_pred must have a batch axis and a class axis, got shape {tuple(y_pred.shape)}: "
-        "for one position pass y_pred[None]"
+        "for one example pass y_pred[None]"
     )
 
 

@@ -51,8 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser()
         options = parser.parse_args(arguments)
         _check_usage(parser, options)
-        if options.oracle == "recorded":
-            _require_recorded(options)
         _check_filters(parser, options)
         return _run(parser, options, console)
     except KeyboardInterrupt:
@@ -148,7 +146,7 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 
 def _require_recorded(options: argparse.Namespace) -> None:
-    """Raises OracleError now if the last case would: it may be hours away."""
+    """Raises OracleError now if the last case would."""
     last = options.cases - 1 if options.case is None else options.case
     RecordedOracle().require_recorded(_seeds(options)[-1], last)
 
@@ -188,6 +186,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: 
         comparing = Here(plan, stopped, kept) if alone else Workers(plan, options.workers, stopped)
         with comparing:
             results = _start(parser, options, comparing.versions)
+            if options.oracle == "recorded":
+                _require_recorded(options)
             _print_start(console, options, results.setting)
             _compare(options, console, comparing, results, began)
     if _count(results.tally.finished) < _asked(options):

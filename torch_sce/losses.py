@@ -197,7 +197,7 @@ class SparseCategoricalCrossentropy(_Loss):
         ValueError: an unknown reduction or name of a dtype.
         TypeError: an axis that is not an integer, a dtype that is not floating-point.
 
-    Differs from Keras: the table in the README lists where, with the reasons.
+    Differs from Keras: docs/differences.md lists where, with the reasons.
 
     >>> y_true, y_pred = [1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]
     >>> loss = SparseCategoricalCrossentropy()
@@ -269,7 +269,7 @@ class CategoricalCrossentropy(_Loss):
         TypeError: an axis that is not an integer, a `label_smoothing` that is not a number, a
             dtype that is not floating-point.
 
-    Differs from Keras: the table in the README lists where, with the reasons.
+    Differs from Keras: docs/differences.md lists where, with the reasons.
 
     >>> y_true, y_pred = [[0, 1, 0], [0, 0, 1]], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]
     >>> loss = CategoricalCrossentropy()

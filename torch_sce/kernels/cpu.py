@@ -142,7 +142,7 @@ def _losses_of_logits(z: Tensor, label: Tensor, rows: Rows, picked: bool) -> Ten
 
 
 def _losses_of_probabilities(s: Tensor, p: Tensor, clip: tuple[float, float]) -> Tensor:
-    """`aten.combine`, in float64: rounding s / p would show where it is near 1."""
+    """`contract.loss_of`, in float64: rounding s / p would show where it is near 1."""
     loss = torch.empty_like(s)
     for at in blocks(s.shape, 1, BLOCK // 4):
         loss[at] = (s[at].double() / p[at].double().clamp(*clip)).log_()

@@ -202,7 +202,8 @@ def _targets_from_probabilities(q: np.ndarray, t: np.ndarray, keep: float, dtype
     size = (np.abs(w * n).sum(-1, keepdims=True) + np.abs(w)) / np.abs(s)
     unit = min(UNIT[dtype], UNIT["float32"])  # halves are computed in float32
     # Where rounding decides whether an entry is clipped, the gradient may be one or the other.
-    near = sum(np.abs(n - bound) <= 2 * off * unit * bound for bound in clip_bounds(dtype)) > 0
+    low, high = (np.abs(n - bound) <= 2 * off * unit * bound for bound in clip_bounds(dtype))
+    near = low | high
     lost = off * unit > 0.01  # nothing is left of a sum that cancels
     unsure = (near & (t != 0)).any(-1, keepdims=True) | lost
     # If all are clipped the gradient is 0, even for a g that is NaN.

@@ -9,7 +9,7 @@ TORCH ?= 2.6.0
 NUMPY ?=
 OTHER := .venv-torch-$(TORCH)
 
-.PHONY: cross-check benchmark test test-torch test-cuda notebooks lint
+.PHONY: cross-check benchmark test test-torch test-cuda notebooks docs lint
 
 # Compares with the real tf.keras. Options go into ARGS: make cross-check ARGS="--cases 10000"
 cross-check: $(READY)
@@ -42,6 +42,10 @@ notebooks: $(READY)
 test-cuda: $(READY)
 	$(BIN)/python -m pytest --device cuda tests/test_kernels.py tests/test_cuda.py tests/test_gpu.py
 	$(BIN)/python scripts/cross_check.py --oracle recorded --device cuda
+
+# The tables of docs/ that are made from the package, and the API reference in build/docs.
+docs: $(READY)
+	$(BIN)/python scripts/build_docs.py
 
 lint: $(READY)
 	$(BIN)/ruff check

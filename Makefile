@@ -52,7 +52,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-$(READY): pyproject.toml constraints.txt
+# The version is in the last of these.
+$(READY): pyproject.toml constraints.txt torch_sce/__init__.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt -e '.[metrics,tensorflow,report,triton]' --group dev

@@ -14,6 +14,7 @@ import sys
 import warnings
 from inspect import formatannotation
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -69,9 +70,9 @@ def with_part(page: str, part: str) -> str:
 
 def build_reference(folder: Path) -> None:
     """Any warning of pdoc's is an error."""
-    import pdoc  # not before: what is above needs no pdoc
+    from pdoc import pdoc, render  # not before: the tables need no pdoc
 
-    pdoc.render.configure(
+    render.configure(
         docformat="google",
         template_directory=ROOT / "docs" / "api",
         include_undocumented=False,
@@ -79,12 +80,12 @@ def build_reference(folder: Path) -> None:
     )
     with warnings.catch_warnings(), mock.patch("inspect.formatannotation", short_annotation):
         warnings.simplefilter("error")
-        pdoc.pdoc(*MODULES, output_directory=folder)
+        pdoc(*MODULES, output_directory=folder)
 
 
-def short_annotation(annotation: object, *arguments: object, **options: object) -> str:
+def short_annotation(annotation: object, *arguments: Any, **options: Any) -> str:
     """An annotation as signatures show it, but `ArrayLike`, a union of a dozen types, by name."""
-    text = formatannotation(annotation, *arguments, **options)  # pyright: ignore[reportCallIssue]
+    text = formatannotation(annotation, *arguments, **options)
     for union, name in ((ArrayLike | None, "ArrayLike | None"), (ArrayLike, "ArrayLike")):
         text = text.replace(formatannotation(union), name)
     return text

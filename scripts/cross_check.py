@@ -1,14 +1,6 @@
 """Compares torch_sce with the real tf.keras; `--help` says how."""
 
-import sys
-
-try:
-    from torch_sce.crosscheck.command import main
-except ModuleNotFoundError as error:
-    if error.name != "rich":
-        raise
-    print("The cross-check needs rich: pip install rich", file=sys.stderr)
-    sys.exit(2)
+import runpy
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_module("torch_sce.crosscheck", run_name="__main__")

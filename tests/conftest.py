@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from torch_sce.crosscheck.answers import TARGET, Answer, LiveOracle
+from torch_sce.crosscheck.answers import Answer
 from torch_sce.crosscheck.cases import LOSSES, Batch, Case
+from torch_sce.crosscheck.live import TARGET, LiveOracle
 
 torch.set_num_threads(1)  # there are as many workers as cores
 

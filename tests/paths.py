@@ -23,6 +23,7 @@ PATHS = {
     "any device, many blocks": {"SMALL": 0, "_kernels": lambda z: aten, "BLOCK": 20},
 }
 MODULES = [kernels, cpu, aten]
+SAVING = [aten]  # modules whose forward pass saves a row's whole summary
 
 if INTERPRETED or torch.get_default_device().type == "cuda":
     from torch_sce.kernels import cuda
@@ -37,6 +38,7 @@ if INTERPRETED or torch.get_default_device().type == "cuda":
         SLOWEST: {"_kernels": triton, "TILE": 4, "LONG": 4, "SHARED": 1},
     }
     MODULES = [kernels, aten, cuda]
+    SAVING = [aten, cuda]
 
 
 def take_path(name, monkeypatch):

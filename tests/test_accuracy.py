@@ -185,7 +185,7 @@ ERRORS = [
     (sparse_top_k_categorical_accuracy, ([0] * 4, P, 2.5), TypeError, "k must be an integer"),
     (sparse_top_k_categorical_accuracy, ([0] * 4, P, True), TypeError, "k must be an integer"),
     (sparse_top_k_categorical_accuracy, ([0] * 4, P, 1, "no"), TypeError, "from_sorted_ids must"),
-    (sparse_top_k_categorical_accuracy, (0, P[0]), ValueError, r"one sample pass y_pred\[None\]"),
+    (sparse_top_k_categorical_accuracy, (0, P[0]), ValueError, r"one example pass y_pred\[None\]"),
     (top_k_categorical_accuracy, (P, P, -1), ValueError, "k must be at least 1, got -1"),
     (accuracy, (torch.arange(4), P), ValueError, "Accuracy compares labels with labels"),
 ]

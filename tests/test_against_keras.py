@@ -6,11 +6,13 @@ import test_losses
 from conftest import make_case
 
 from torch_sce import SparseCategoricalCrossentropy
-from torch_sce.crosscheck.answers import RecordedOracle, ours
+from torch_sce.crosscheck.answers import ours
+from torch_sce.crosscheck.bounds import SLACK, UNIT, growth
+from torch_sce.crosscheck.cases import command
 from torch_sce.crosscheck.command import CASES, SEED
 from torch_sce.crosscheck.compare import AGREES, GRADIENTS, differs, judge, reference
 from torch_sce.crosscheck.draw import draw
-from torch_sce.crosscheck.reference import SLACK, UNIT, growth
+from torch_sce.crosscheck.recorded import RecordedOracle
 
 EDGE = test_losses.TestValuesAtTheEdge
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
@@ -27,7 +29,7 @@ def agrees(keras, y_true, y_pred, *weights, **options) -> None:
     (answer,) = keras.answers([case])
     verdict = judge(case, answer, ours(case))
     assert not answer.error, answer.message
-    assert verdict.outcome == AGREES, verdict.reason
+    assert verdict.outcome == AGREES, str(verdict)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -131,7 +133,7 @@ def test_the_recorded_answers_are_the_live_ones(keras):
     for case, live, stored in zip(
         cases, keras.answers(cases), recorded.answers(cases), strict=True
     ):
-        assert live.error == stored.error, case.index
+        assert live.error == stored.error, command(case.seed, case.index)
         pairs = [(live.value, stored.value)]
         for part in GRADIENTS:
             whole = getattr(live, part)
@@ -142,9 +144,9 @@ def test_the_recorded_answers_are_the_live_ones(keras):
         # Another processor may round differently: within the bounds, where there is an answer.
         right, _ = reference(case)
         if right is not None:
-            assert differs(live, stored, right, case) is None, case.index
+            assert differs(live, stored, right, case) is None, command(case.seed, case.index)
         else:
-            assert all(nearly(a, b, case) for a, b in pairs), case.index
+            assert all(nearly(a, b, case) for a, b in pairs), command(case.seed, case.index)
 
 
 def nearly(a, b, case) -> bool:

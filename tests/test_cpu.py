@@ -48,7 +48,7 @@ def test_the_bits_of_targets_are_the_same_for_any_number_of_threads(shape, model
     both = [laid_out(x).requires_grad_() for x in (z, t)]
 
     def compute():
-        losses = target_losses(both[0], both[1], MODELS[model])
+        losses = target_losses(both[0], both[1], None, MODELS[model])
         return losses.detach(), *torch.autograd.grad(losses, both, g)
 
     first, *others = results_of_threads(compute)

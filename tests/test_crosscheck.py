@@ -3,20 +3,22 @@
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 from conftest import make_case
 from paths import INTERPRETED, PATHS, SLOWEST, take_path
 
 import torch_sce
 from torch_sce.crosscheck import campaign, report
-from torch_sce.crosscheck.answers import LiveOracle, OracleError, RecordedOracle, ours
+from torch_sce.crosscheck.answers import OracleError, ours
 from torch_sce.crosscheck.cases import LOSSES, to_bfloat16
 from torch_sce.crosscheck.command import (
     AGREEMENT,
@@ -27,8 +29,11 @@ from torch_sce.crosscheck.command import (
     USAGE,
     main,
 )
-from torch_sce.crosscheck.compare import MISMATCH, judge, reference
+from torch_sce.crosscheck.compare import AGREES, MISMATCH, Verdict, judge, mismatches
 from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.live import LiveOracle
+from torch_sce.crosscheck.recorded import RecordedOracle
+from torch_sce.crosscheck.reference import right
 
 PACKAGE = Path(torch_sce.__file__).parent
 
@@ -205,7 +210,14 @@ def verdicts(recorded):
 
 
 def test_without_a_mutation_nothing_is_caught(verdicts):
-    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+    assert mismatches(verdicts) == []
+
+
+def test_a_mismatch_names_its_case_and_the_command_that_shows_it():
+    verdict = Verdict(draw(3, 123), MISMATCH, "float64 and ours: value 1 and 2")
+    command = "python scripts/cross_check.py --seed 3 --case 123"
+    text = f"case 123: float64 and ours: value 1 and 2; {command}"
+    assert mismatches([verdict, Verdict(draw(3, 124), AGREES)]) == [text]
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path not in (SLOWEST, "small")])
@@ -222,7 +234,7 @@ def test_every_path_agrees_with_keras(path, recorded, monkeypatch):
             if case.is_loss and "bfloat16" not in (case.y_pred_dtype, case.options.get("dtype"))
         ]
     verdicts = [judge(case, answer, ours(case)) for case, answer in cases]
-    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+    assert mismatches(verdicts) == []
 
 
 def test_our_errors_are_no_larger_than_keras_s(verdicts):
@@ -245,26 +257,39 @@ def test_where_labels_are_not_read_bad_ones_give_nan_and_nothing_else_changes(
     """What `--device cuda` expects, on the CPU with the reading of labels turned off."""
     monkeypatch.setattr("torch_sce.functional.check_range", lambda *arguments: None)
     verdicts = [judge(case, answer, ours(case), poisons=True) for case, answer in recorded]
-    assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+    assert mismatches(verdicts) == []
     assert sum(v.reason == "bad labels on a device" for v in verdicts) > 20
 
 
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("from_logits", [True, False])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_with_sample_weight"])
-def test_the_reference_equals_the_oracle(from_logits, reduction):
+@pytest.mark.parametrize("reduction", ["sum", "mean", "mean_with_sample_weight"])
+def test_the_float64_gradients_are_the_derivatives_of_the_values(name, from_logits, reduction):
+    """Central differences; the values themselves are compared with tf.keras's in all cases."""
     rng = np.random.default_rng(0)
-    p = rng.dirichlet([0.3] * 5, (3, 4)).astype(np.float32)
-    p[0, 0], p[1, 1] = [1, 0, 0, 0, 0], [0.2, 3, -1, 0, 0.5]
-    y, weight, mask = rng.integers(-1, 5, (3, 4)), rng.random((3, 1)), rng.random((3, 4)) < 0.7
-    options = {"from_logits": from_logits, "ignore_class": -1, "axis": -1, "reduction": reduction}
-    upstream = np.ones(12, np.float32)
-    case = make_case(y, p, weight, mask, upstream, dtype=None, **options)
-    right, _ = reference(case)
-    value, gradient = oracle.loss(y, p, weight, mask, **options)
-    assert right is not None and right.gradient is not None
-    # The reference clips at the bounds as float32 rounds them, 1.2e-8 and 2e-8 away.
-    np.testing.assert_allclose(right.value, value, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(right.gradient, gradient, rtol=1e-6, atol=1e-7)
+    inputs = {"y_pred": rng.dirichlet([2.0] * 4, (3, 2)), "y_true": rng.integers(-1, 4, (3, 2))}
+    options: dict[str, Any] = {"from_logits": from_logits, "reduction": reduction}
+    options |= {"ignore_class": -1} if name == LOSSES[0] else {"label_smoothing": 0.1}
+    if name == LOSSES[1]:
+        inputs["y_true"] = rng.dirichlet([2.0] * 4, (3, 2)) * 1.5
+    weight, mask = rng.random((3, 1)), np.array([[True, True], [False, True], [True, True]])
+
+    def answer(**given):
+        return right(
+            make_case(
+                **given, sample_weight=weight, mask=mask, name=name, dtype="float64", **options
+            )
+        )
+
+    for argument, part in {"y_pred": "gradient", "y_true": "target_gradient"}.items():
+        gradient = getattr(answer(**inputs), part)
+        if gradient is None:
+            continue
+        for at in np.ndindex(gradient.shape):
+            step = np.zeros(gradient.shape)
+            step[at] = 1e-5
+            up, down = (answer(**inputs | {argument: inputs[argument] + h}) for h in (step, -step))
+            assert (up.value - down.value) / 2e-5 == pytest.approx(gradient[at], rel=1e-6, abs=1e-8)
 
 
 def test_bfloat16_rounds_to_nearest_even():
@@ -291,6 +316,14 @@ class TestCommand:
         assert code == AGREEMENT == 0
         assert "60 of the cases of --seed 0" in out and "0 mismatches" in out
         assert re.search(r"ours median [\d.]+, mean [\d.]+, largest [\d.]+", out)
+
+    def test_the_package_is_the_command_too(self, tmp_path):
+        command = [sys.executable, "-m", "torch_sce.crosscheck", "--oracle", "float64"]
+        root = {"PYTHONPATH": str(PACKAGE.parent)}
+        done = subprocess.run([*command, "--cases", "3", "--workers", "2"], cwd=tmp_path,
+                              env=os.environ | root, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == AGREEMENT, done.stderr
+        assert "3 of 3 cases agree with the float64 rules" in done.stdout
 
     @pytest.mark.filterwarnings("default")
     def test_a_mismatch_is_exit_code_1_with_the_command_that_shows_it(
@@ -320,6 +353,7 @@ class TestCommand:
         ["--cases", "20", "--filter", "reduction: product"], ["--device", "cuda:99"],
         ["--cases", "20", "--filter", "reduction: sum", "--filter", "reduction: mean"],
         ["--case", "3", "--filter", "reduction: sum"], ["--case", "-3"], ["--seed", "-1"],
+        ["--case", "3", "--workers", "2"],
         ["--device", "gpu"], ["--json", "/no/such/folder/x.json"],
         ["--record", "x.npz", "--oracle", "recorded"],
     ])  # fmt: skip
@@ -379,9 +413,11 @@ class TestCommand:
         assert "cross_check.py --seed 0 --case 0 --oracle recorded" in page.read_text()
 
     def test_cases_that_were_not_recorded_are_exit_code_3(self, capsys):
-        code, out = self.run(capsys, "--seed", "9", "--cases", "5", "--oracle", "recorded")
-        assert code == NO_ORACLE
-        assert "answers are recorded for --seed 0" in out
+        for arguments in (("--seed", "9"), ("--cases", str(CASES + 1)), ("--seeds", "2")):
+            code, out = self.run(capsys, *arguments, "--oracle", "recorded")
+            assert code == NO_ORACLE
+            assert f"answers are recorded for --seed 0 and cases below {CASES}" in out
+            assert "compared" not in out  # it says so at once
 
     def test_a_case_that_has_changed_is_not_compared_with_its_record(self):
         case = draw(SEED, 0)
@@ -442,6 +478,5 @@ class TestCommand:
         cases = [draw(5, index) for index in range(30)]
         stored = list(RecordedOracle(path).answers(cases))
         assert len(stored) == 30
-        assert all(
-            judge(c, a, ours(c)).outcome != MISMATCH for c, a in zip(cases, stored, strict=True)
-        )
+        verdicts = [judge(c, a, ours(c)) for c, a in zip(cases, stored, strict=True)]
+        assert mismatches(verdicts) == []

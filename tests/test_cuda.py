@@ -5,23 +5,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import MODELS, rows
+from test_kernels import IGNORED, MODELS, counted_in, definition, rows
 from ulps import ulps
 
 from torch_sce import kernels
-from torch_sce.kernels import IGNORED, aten, cpu, cuda, targets
-from torch_sce.kernels.cuda import LONG, PROGRAMS, TILE, WIDE, Tile, choose_tile
+from torch_sce.kernels import cpu, cuda, cuda_targets, targets
+from torch_sce.kernels.cuda import LONG, PROGRAMS, TILE, WIDE, Tile, choose_tile, rows_of
+
+
+def loss_and_gradient(z, y, g, clip):
+    """Both passes on z as it lies in memory."""
+    given = (z, y, counted_in(y), clip, False)
+    loss, saved = cuda.forward(*given)
+    return loss, cuda.backward(g, *given, saved)
 
 
 def check(z, y, g, clip):
     """Both passes on z as it lies in memory against the definition in float64."""
-    loss, *summary = cuda.forward(z, y, clip, False)
-    dz = cuda.backward(g, z, y, clip, False, *summary)
+    loss, dz = loss_and_gradient(z, y, g, clip)
     exact = z.double().requires_grad_()
-    definition = aten.row_losses(exact, y, clip)
-    (want,) = torch.autograd.grad(definition, exact, g.double())
+    right = definition(exact, y, clip)
+    (want,) = torch.autograd.grad(right, exact, g.double())
     assert dz.dtype == z.dtype and dz.shape == z.shape
-    assert ulps(loss, definition, definition.detach().abs().clamp(min=1)) <= 6
+    assert ulps(loss, right, right.detach().abs().clamp(min=1)) <= 6
     size = torch.maximum(want.abs().amax(-1), g.abs()).unsqueeze(-1)
     # float16 overflows where probabilities are tiny.
     assert ulps(dz, want.to(z.dtype), size * torch.finfo(z.dtype).eps / 2**-23) <= 6
@@ -43,7 +49,7 @@ def test_maps_with_the_channels_first(shape, model, dtype):
     z, y, g = rows(shape[1], model, (shape[0], *shape[2:]), dtype)
     y[0, 1] = IGNORED
     z = z.movedim(-1, 1).contiguous().movedim(1, -1)
-    assert choose_tile(z, cuda._rows(z)).axis == 0
+    assert choose_tile(z, rows_of(z)).axis == 0
     check(z, y, g, MODELS[model])
 
 
@@ -52,7 +58,7 @@ def test_a_crop_with_more_axes_than_a_kernel_walks(model):
     z, y, g = rows(4, model, (3, 3, 3, 3, 3))
     whole = F.pad(z.movedim(-1, 0), (1, 1, 1, 0, 0, 1, 1, 1))
     crop = whole[:, :, 1:4, :3, 1:4, 1:4].movedim(0, -1)
-    assert torch.equal(crop, z) and len(cuda._rows(crop).sizes) > cuda.AXES
+    assert torch.equal(crop, z) and len(rows_of(crop).sizes) > cuda.AXES
     check(crop, y, g, MODELS[model])
 
 
@@ -69,7 +75,7 @@ def test_a_crop_with_more_axes_than_a_kernel_walks(model):
 def test_the_launch_settings(shape, strides, tile):
     strides = strides or torch.empty(shape, device="meta").stride()
     z = torch.empty_strided(shape, strides, device="meta")
-    assert choose_tile(z, cuda._rows(z)) == tile
+    assert choose_tile(z, rows_of(z)) == tile
     assert tile.rows * tile.classes <= max(TILE, LONG) and tile.splits <= PROGRAMS
 
 
@@ -89,7 +95,7 @@ def test_labels_and_upstream_gradients_lie_anywhere_too(layout):
 
 def test_more_classes_than_the_grid_has_places_for_narrow_tiles():
     z = torch.empty_strided((2, 9, 5_000_000), (45_000_000, 1, 9), device="meta")
-    tile = choose_tile(z, cuda._rows(z))
+    tile = choose_tile(z, rows_of(z))
     assert tile.axis == 0 and tile.classes * cuda.MOST >= 5_000_000
 
 
@@ -98,7 +104,7 @@ def test_classes_that_are_shut_out_may_fill_whole_tiles(tiles):
     """Minus infinity is the maximum there, and is not to be taken off itself."""
     z, y, g = rows(tiles * LONG, "logits", (2,))
     z[:, :LONG], z[1, -LONG:], y[:] = -torch.inf, -torch.inf, LONG + 3
-    assert (choose_tile(z, cuda._rows(z)).splits > 1) == (tiles == 5)
+    assert (choose_tile(z, rows_of(z)).splits > 1) == (tiles == 5)
     check(z, y, g, None)
 
 
@@ -112,8 +118,7 @@ def test_the_bounds_of_probabilities_are_inclusive():
 def test_rows_with_no_upstream_gradient_are_not_computed(model):
     z, y, g = rows(7, model)
     z[1, 2], g[1, 2], g[0, 0] = torch.nan, 0, 0
-    loss, *summary = cuda.forward(z, y, MODELS[model], False)
-    dz = cuda.backward(g, z, y, MODELS[model], False, *summary)
+    loss, dz = loss_and_gradient(z, y, g, MODELS[model])
     assert loss[1, 2].isnan() and (dz[1, 2] == 0).all() and (dz[0, 0] == 0).all()
     assert (dz[0, 1] != 0).any()
 
@@ -127,10 +132,9 @@ def test_the_entry_at_the_label_keeps_its_digits_where_the_loss_is_near_0(model)
         else torch.tensor([[0.9, 1e-7, 1e-7]])
     )
     y, g = torch.tensor([0]), torch.tensor([1.0])
-    _, *summary = cuda.forward(z, y, MODELS[model], False)
-    dz = cuda.backward(g, z, y, MODELS[model], False, *summary)
+    _, dz = loss_and_gradient(z, y, g, MODELS[model])
     exact = z.double().requires_grad_()
-    (want,) = torch.autograd.grad(aten.row_losses(exact, y, MODELS[model]), exact)
+    (want,) = torch.autograd.grad(definition(exact, y, MODELS[model]), exact)
     assert dz[0, 0] != 0 and abs(dz[0, 0].item() / want[0, 0].item() - 1) < 4e-6
 
 
@@ -142,8 +146,7 @@ def test_every_element_is_written(classes, model):
     y[0], g[1, 0] = IGNORED, 0
     torch.use_deterministic_algorithms(True)
     try:
-        loss, *summary = cuda.forward(z, y, MODELS[model], False)
-        dz = cuda.backward(g, z, y, MODELS[model], False, *summary)
+        loss, dz = loss_and_gradient(z, y, g, MODELS[model])
     finally:
         torch.use_deterministic_algorithms(False)
     assert not loss.isnan().any() and not dz.isnan().any()
@@ -152,7 +155,7 @@ def test_every_element_is_written(classes, model):
 # One class; one block of the small tiles, and a class more; several blocks.
 SMALL_TILES = {"TILE": 32, "LONG": 16, "WIDE": 4}
 FEW_AND_MANY = (1, 16, 17, 50)
-SMOOTHING = {"smoothed": (0.9, 0.1 / 50), "as they are": None}
+SMOOTHING = {"smoothed": 0.1, "as they are": 0.0}
 
 
 @pytest.fixture
@@ -168,17 +171,16 @@ def rows_with_targets(shape, model, dtype=torch.float32, of=torch.float32):
     return z, t.to(of), g
 
 
-def both_passes(g, given, needs=(True, True)) -> Any:
+def both_passes(g, given, needs=(True, True), kernels=cuda_targets) -> Any:
     """The losses, and dz and dt."""
-    z, t, clip, smoothing, counted = given
-    loss, *summary = cuda.forward_targets(z, t, clip, smoothing, counted)
-    return loss, *cuda.backward_targets(g, z, t, clip, smoothing, counted, needs, *summary)
+    loss, saved = kernels.forward(*given)
+    return loss, *kernels.backward(g, *given, needs, saved)
 
 
-def check_targets(z, t, g, clip, smoothing=None, counted=None):
+def check_targets(z, t, g, clip, smoothing=0.0, counted=None):
     """Both passes on z and t as they lie in memory against the definition in float64."""
     needs = (True, t.is_floating_point())
-    given = (clip, smoothing, counted)
+    given = (counted, clip, smoothing)
     loss, dz, dt = both_passes(g, (z, t, *given), needs)
     want_z, want_t = targets.gradients(g.double(), z.double(), t.double(), *given)
     size = targets.losses(z.double(), t.double().abs(), *given)  # of the terms of a loss
@@ -194,8 +196,8 @@ def check_targets(z, t, g, clip, smoothing=None, counted=None):
 
 def steepest(z, t, clip, smoothing):
     """A bound of both terms of dz, whose difference may be nearly 0."""
-    z, (keep, share) = z.double(), smoothing or (1, 0)
-    t = t.double().abs() * keep + share
+    z = z.double()
+    t = t.double().abs() * (1 - smoothing) + smoothing / z.shape[-1]
     if clip is None:
         return t.sum(-1, keepdim=True)
     s = z.sum(-1, keepdim=True)
@@ -251,7 +253,7 @@ def test_maps_with_targets_and_the_channels_first(shape, which, model, small_til
     z, t, g = rows_with_targets(shape, model)
     counted = torch.arange(g.numel()).view(g.shape) % 4 != 1
     z, t = CHANNELS_FIRST[which](z, t)
-    check_targets(z, t, g, MODELS[model], None, counted)
+    check_targets(z, t, g, MODELS[model], 0.0, counted)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -267,7 +269,7 @@ def test_a_crop_with_targets_and_more_axes_than_a_kernel_walks(model):
     z, t, g = rows_with_targets((2, 2, 2, 2, 3), model)
     whole = F.pad(z.movedim(-1, 0), (1, 1, 1, 0, 0, 1, 1, 1))
     crop = whole[:, 1:3, :2, 1:3, 1:3].movedim(0, -1)
-    assert torch.equal(crop, z) and len(cuda._rows(crop).sizes) > cuda.AXES
+    assert torch.equal(crop, z) and len(rows_of(crop).sizes) > cuda.AXES
     check_targets(crop, t, g, MODELS[model])
     check_targets(z, t[..., :1].expand_as(t), g, MODELS[model])
 
@@ -276,21 +278,21 @@ def test_a_crop_with_targets_and_more_axes_than_a_kernel_walks(model):
 def test_upstream_gradients_and_counts_of_targets_lie_anywhere_too(layout):
     z, t, g = rows_with_targets((3, 4, 5), "logits")
     counted = (torch.arange(12).view(4, 3) % 5 != 2).t()
-    check_targets(z, t, GRADIENTS[layout](g), None, None, counted)
+    check_targets(z, t, GRADIENTS[layout](g), None, 0.0, counted)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_rows_with_targets_that_do_not_count_may_hold_anything(model, small_tiles):
     z, t, g = rows_with_targets((4, 17), model)
     z[1], t[2], z[3, 5], g[3] = torch.nan, torch.inf, -torch.inf, torch.nan
-    check_targets(z, t, g, MODELS[model], None, torch.arange(4) == 0)
+    check_targets(z, t, g, MODELS[model], 0.0, torch.arange(4) == 0)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gradient_of_targets_that_is_not_needed_is_none(model, needs):
     z, t, g = rows_with_targets((3, 7), model)
-    given = (z, t, MODELS[model], None, None)
+    given = (z, t, None, MODELS[model], 0.0)
     _, *both = both_passes(g, given)
     _, *found = both_passes(g, given, needs)
     for got, want, need in zip(found, both, needs, strict=True):
@@ -299,9 +301,9 @@ def test_a_gradient_of_targets_that_is_not_needed_is_none(model, needs):
 
 def check_rows_that_are_not_finite(z, t, g, clip):
     """They have no size to count roundings in: each is to be what `targets` has."""
-    given = (z, t, clip, None, None)
+    given = (z, t, None, clip, 0.0)
     found = both_passes(g, given)
-    want = *targets.forward_targets(*given), *targets.backward_targets(g, *given, (True, True))
+    want = both_passes(g, given, kernels=targets)
     for got, right in zip(found, want, strict=True):
         torch.testing.assert_close(got, right, rtol=2e-6, atol=2e-6, equal_nan=True)
     return found[0]
@@ -360,7 +362,7 @@ def test_probabilities_with_targets_that_are_all_clipped_have_no_gradient():
     z = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 0.0]])
     t, g = torch.eye(3)[[2, 2, 0]], torch.full((3,), torch.nan)
     check_rows_that_are_not_finite(z, t, g, MODELS["probabilities"])
-    given = (z, t, MODELS["probabilities"], None, None)
+    given = (z, t, None, MODELS["probabilities"], 0.0)
     _, dz, _ = both_passes(g, given)
     assert (dz[0] == 0).all() and dz[1:].isnan().all()
 
@@ -369,7 +371,7 @@ def test_probabilities_with_targets_that_are_all_clipped_have_no_gradient():
 def test_every_element_of_rows_with_targets_is_written(model, small_tiles):
     """Memory that is not written holds NaN here."""
     z, t, g = rows_with_targets((3, 17), model)
-    given = (z, t, MODELS[model], None, torch.arange(3) != 1)
+    given = (z, t, torch.arange(3) != 1, MODELS[model], 0.0)
     torch.use_deterministic_algorithms(True)
     try:
         found = both_passes(g, given)
@@ -383,13 +385,13 @@ def test_every_element_of_rows_with_targets_is_written(model, small_tiles):
 def test_losses_of_targets_take_the_kernels(shape, model, monkeypatch):
     monkeypatch.setattr(kernels, "_kernels", lambda z: cuda)
     monkeypatch.setattr(cpu, "SMALL", -1)
-    for name in ("forward_targets", "backward_targets"):
+    for name in ("forward", "backward"):
         monkeypatch.setattr(targets, name, None)
     z, t, g = rows_with_targets(shape, model)
     z.requires_grad_()
     t.requires_grad_()
-    loss = kernels.target_losses(z, t, MODELS[model])
-    want = targets.losses(z, t, MODELS[model], None, None)
+    loss = kernels.target_losses(z, t, None, MODELS[model])
+    want = targets.losses(z, t, None, MODELS[model], 0.0)
     torch.testing.assert_close(loss, want)
     found = torch.autograd.grad(loss, (z, t), g, retain_graph=True)
     again = torch.autograd.grad(loss, (z, t), g, create_graph=True)
@@ -401,6 +403,6 @@ def test_losses_of_targets_take_the_kernels(shape, model, monkeypatch):
 def test_targets_that_triton_may_not_read_take_any_device_s_path(monkeypatch):
     monkeypatch.setattr(kernels, "_kernels", lambda z: cuda)
     z = torch.zeros(3, 5)
-    assert kernels._target_kernels(z, z.half()) is cuda
-    assert kernels._target_kernels(z, z.bool()) is cuda
+    assert kernels._target_kernels(z, z.half()) is cuda_targets
+    assert kernels._target_kernels(z, z.bool()) is cuda_targets
     assert kernels._target_kernels(z, z.to(torch.float8_e4m3fn)) is targets

@@ -11,10 +11,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from torch_sce import kernels
-from torch_sce.kernels import aten, cuda
+from torch_sce.kernels import aten, cuda, cuda_targets
 from torch_sce.kernels.cuda import LONG, Tile
 
-FLOATS = ("loss", "m_out", "r_out", "s_out", "a_out", "m_parts", "r_parts", "g", "m", "r", "s", "a")
+FLOATS = ("loss", "m_out", "r_out", "p_out", "s_out", "a_out", "m_parts", "r_parts",
+          "g", "m", "r", "p", "s", "a")  # fmt: skip
 POINTERS = {"y": "*i64", "counted": "*i1", **dict.fromkeys(FLOATS, "*fp32")}
 
 # Some rows, a part of one, and a map, each with the steps that are 1 there.
@@ -86,11 +87,11 @@ def test_every_kernel_of_targets_compiles(tile, clip, capability, dtype):
     given = (dtype, shape, clip, ones, capability, dtype)
     part = tile == "part of a row"
     for absent in ({}, {"dz": None}, {"dt": None, "counted": None}):
-        backward = compiled(cuda._backward_targets, *given, SAME=not absent, **absent)
+        backward = compiled(cuda_targets._backward, *given, SAME=not absent, **absent)
         if part:  # targets are not read for a gradient of their own alone
             assert _vectors_in(backward, "ld") == (1 if "dz" in absent else 2) * _vectors(dtype)
             assert _vectors_in(backward, "st") == (1 if absent else 2) * _vectors(dtype)
-    forward = compiled(cuda._forward_targets, *given)
+    forward = compiled(cuda_targets._forward, *given)
     # An inexact quotient could lie on the other side of a bound.
     assert ("div.rn" in forward) == ("div.rn" in backward) == (clip is not None)
     if part:  # probabilities are walked twice
@@ -102,9 +103,9 @@ def test_targets_of_every_dtype_compile(targets):
     shape, ones = TILES["rows"]
     for clip in (None, (1e-7, 1.0)):
         given = ("bf16", shape, clip, ones, 80, targets)
-        assert compiled(cuda._forward_targets, *given, counted=None)
+        assert compiled(cuda_targets._forward, *given, counted=None)
         absent = {} if targets.startswith("fp") else {"dt": None}
-        assert compiled(cuda._backward_targets, *given, SAME=False, **absent)
+        assert compiled(cuda_targets._backward, *given, SAME=False, **absent)
 
 
 def _vectors_in(ptx, operation):

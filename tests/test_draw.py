@@ -11,29 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torch_sce.crosscheck.answers import (
-    RECORDED,
-    WHOLE,
-    Answer,
-    OracleError,
-    RecordedOracle,
-    ours,
-    record,
-    thinned,
-)
+from torch_sce.crosscheck.answers import Answer, OracleError, ours
 from torch_sce.crosscheck.bits import Bits
 from torch_sce.crosscheck.command import CASES, SEED
 from torch_sce.crosscheck.compare import MISMATCH, judge
 from torch_sce.crosscheck.draw import LARGE_SIZES, draw
+from torch_sce.crosscheck.recorded import RECORDED, WHOLE, RecordedOracle, record, thinned
 from torch_sce.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 
 # All recorded cases must be drawn alike, and some compared.
 PROGRAM = f"""
-from torch_sce.crosscheck.answers import RecordedOracle, ours
-from torch_sce.crosscheck.compare import MISMATCH, judge
+from torch_sce.crosscheck.answers import ours
+from torch_sce.crosscheck.compare import judge, mismatches
 from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.recorded import RecordedOracle
 
 oracle = RecordedOracle()
 cases = [draw({SEED}, index) for index in range({CASES})]
@@ -41,7 +34,7 @@ drawn = [case.fingerprint for case in cases]
 assert drawn == [fingerprint for fingerprint, *_ in oracle.entries]
 some = cases[::10]
 verdicts = [judge(c, a, ours(c)) for c, a in zip(some, oracle.answers(some), strict=True)]
-assert [v.reason for v in verdicts if v.outcome == MISMATCH] == []
+assert not mismatches(verdicts), mismatches(verdicts)
 """
 
 

@@ -60,13 +60,13 @@ def test_the_parts_add_up_to_the_loss_s_own_value():
             continue
         assert found.error == "" and found.value is not None
         torch.testing.assert_close(found.value, value, rtol=0, atol=0, equal_nan=True)
-        parts, whole = found.samples["contribution"], value.double().numpy()
+        parts, whole = found.positions["contribution"], value.double().numpy()
         if value.ndim == 0 and loss.reduction not in ("none", None):
             assert found.numerator is not None and found.denominator is not None
             parts = np.array([parts.sum(), found.numerator / (found.denominator or 1)])
         # Every number is rounded to the loss's dtype, and a sum of n of them up to n times.
         parts, whole, info = np.asarray(parts), np.asarray(whole), torch.finfo(loss.dtype)
-        sizes = np.abs(found.samples["contribution"])
+        sizes = np.abs(found.positions["contribution"])
         with np.errstate(invalid="ignore"):
             size = sizes.size * sizes.sum() if value.ndim == 0 else 0
             close = np.abs(parts - whole) <= info.eps * (size + np.abs(whole)) + info.tiny
@@ -126,7 +126,7 @@ def test_contributions_add_up_whatever_the_weights_are(call):
     loss, *arguments = call
     value = loss(*arguments).double().numpy()
     found = explain(loss, *arguments)
-    parts = found.samples["contribution"]
+    parts = found.positions["contribution"]
     if loss.reduction in ("none", None):
         total, sizes = parts, np.abs(parts)
     else:
@@ -158,7 +158,7 @@ def test_another_default_dtype_changes_nothing(dtype):
         found = [explain(loss, y, z, [0.7], [0.3]) for loss, y in losses.items()]
     finally:
         torch.set_default_dtype(before)
-    assert [each.samples["rank"].item() for each in found] == [702, 702]
+    assert [each.positions["rank"].item() for each in found] == [702, 702]
     assert list(map(str, found)) == usual
 
 
@@ -167,7 +167,7 @@ def test_weights_that_sum_to_0_are_named(arguments):
     found = explain(
         logits_loss(reduction="mean_with_sample_weight"), [0, 1], LOGITS[:2], *arguments
     )
-    assert found.value == 0 and (found.samples["contribution"] == 0).all()
+    assert found.value == 0 and (found.positions["contribution"] == 0).all()
     text = " ".join(str(found).split())
     assert wrong(found)[0] in ("a denominator of 0", "a mask that is none")
     assert arguments[0] is None or "the sum of the weights is 0, and a division by 0" in text
@@ -257,17 +257,17 @@ def test_what_is_no_loss_is_named(loss, got):
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_each_sample_shows_its_probability_rank_and_loss(from_logits):
     y_pred = LOGITS if from_logits else PROBABILITIES
-    samples = explain(SparseCategoricalCrossentropy(from_logits), LABELS, y_pred).samples
+    positions = explain(SparseCategoricalCrossentropy(from_logits), LABELS, y_pred).positions
     p = np.exp(LOGITS.double().numpy())
     p /= p.sum(-1, keepdims=True)
     y = LABELS.numpy()
     at_label = p[np.arange(64), y]
-    np.testing.assert_array_equal(samples["label"], y)
-    np.testing.assert_allclose(samples["probability"], at_label, rtol=1e-5)
-    np.testing.assert_allclose(samples["loss"], -np.log(at_label), rtol=1e-5)
+    np.testing.assert_array_equal(positions["label"], y)
+    np.testing.assert_allclose(positions["probability"], at_label, rtol=1e-5)
+    np.testing.assert_allclose(positions["loss"], -np.log(at_label), rtol=1e-5)
     order = np.argsort(-p, axis=-1)
-    np.testing.assert_array_equal(samples["rank"], 1 + np.argmax(order == y[:, None], axis=-1))
-    np.testing.assert_allclose(samples["contribution"], samples["loss"] / 64)
+    np.testing.assert_array_equal(positions["rank"], 1 + np.argmax(order == y[:, None], axis=-1))
+    np.testing.assert_allclose(positions["contribution"], positions["loss"] / 64)
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
@@ -277,8 +277,10 @@ def test_targets_show_the_class_with_the_largest(from_logits):
     found = explain(CategoricalCrossentropy(from_logits, label_smoothing=0.1), targets, y_pred)
     sparse = explain(SparseCategoricalCrossentropy(from_logits), LABELS, y_pred)
     for key in ("label", "rank"):
-        np.testing.assert_array_equal(found.samples[key], sparse.samples[key])
-    np.testing.assert_allclose(found.samples["probability"], sparse.samples["probability"], 1e-6)
+        np.testing.assert_array_equal(found.positions[key], sparse.positions[key])
+    np.testing.assert_allclose(
+        found.positions["probability"], sparse.positions["probability"], 1e-6
+    )
     assert wrong(found) == []
 
 
@@ -290,22 +292,22 @@ def test_what_does_not_count_is_shown_as_such():
     found = explain(logits_loss(ignore_class=-1), y, z, weight, mask)
     assert wrong(found) == [] and found.denominator == 4
     assert found.numerator == pytest.approx(5 * np.log(4))
-    np.testing.assert_array_equal(found.samples["mask"], [[1, 1, 0], [1, 0, 1]])
-    np.testing.assert_array_equal(found.samples["weight"], [[2, 2, 2], [0.5, 0.5, 0.5]])
-    np.testing.assert_array_equal(np.isnan(found.samples["loss"]), [[0, 0, 1], [0, 1, 0]])
+    np.testing.assert_array_equal(found.positions["mask"], [[1, 1, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(found.positions["weight"], [[2, 2, 2], [0.5, 0.5, 0.5]])
+    np.testing.assert_array_equal(np.isnan(found.positions["loss"]), [[0, 0, 1], [0, 1, 0]])
     text = str(found)
-    assert "6 samples, 4 of them count (ignore_class=-1 and the mask)" in text
+    assert "6 positions, 4 of them count (ignore_class=-1 and the mask)" in text
     assert re.search(r"\(0, 2\) +-1 +- +- +- +2 +0 +0\n", text)
     assert re.search(r"\(1, 1\) +7 +- +- +- +0.5 +0 +0\n", text)
-    assert "the sum of weight * loss over the samples that count\n" in text
+    assert "the sum of weight * loss over the positions that count\n" in text
 
 
 @pytest.mark.parametrize(("reduction", "numerator", "denominator", "words"), [
     ("sum", 3.5, 1, "a sum is not divided"),
     ("sum_over_batch_size", 3.5, 3,
-     "the number of samples that count, not the sum of their weights"),
-    ("mean", 3.5, 3, "the number of samples that count"),
-    ("auto", 3.5, 3, "the number of samples that count"),
+     "the number of positions that count, not the sum of their weights"),
+    ("mean", 3.5, 3, "the number of positions that count"),
+    ("auto", 3.5, 3, "the number of positions that count"),
     ("mean_with_sample_weight", 3.5, 3.5, "the sum of the weights that count\n"),
     ("none", None, None, "there is no reduction"),
 ])  # fmt: skip
@@ -319,12 +321,12 @@ def test_the_steps_of_each_reduction(reduction, numerator, denominator, words):
 
 @pytest.mark.parametrize(("reduction", "weight", "mask", "denominator", "words"), [
     ("mean", None, [0.5, 0.25, 1, 0], 1.75, "the sum of the mask"),
-    ("mean", None, [1, 1, 1, 0], 3, "the number of samples that count\n"),
-    ("mean_with_sample_weight", None, None, 4, "the number of samples\n"),
+    ("mean", None, [1, 1, 1, 0], 3, "the number of positions that count\n"),
+    ("mean_with_sample_weight", None, None, 4, "the number of positions\n"),
     ("mean_with_sample_weight", [2, 0.5, 1, 1], None, 4.5, "the sum of the weights\n"),
     ("mean_with_sample_weight", [2.0], None, 2, "the sum of the weights, as they were given"),
     ("mean_with_sample_weight", None, [0.5, 1, 1, 0], 2.5, "the sum of the mask"),
-    ("mean_with_sample_weight", None, [1, 1, 1, 0], 3, "the number of samples that count"),
+    ("mean_with_sample_weight", None, [1, 1, 1, 0], 3, "the number of positions that count"),
 ])  # fmt: skip
 def test_the_denominator_is_said_in_words(reduction, weight, mask, denominator, words):
     y, z = LABELS[:4], LOGITS[:4]
@@ -337,8 +339,8 @@ def test_a_long_batch_is_summarised():
     y, z = LABELS.repeat(100), LOGITS.repeat(100, 1) + torch.arange(6400)[:, None] % 7
     found = explain(logits_loss(), y, z)
     lines = str(found).splitlines()
-    assert len(lines) < 30 and "... 6388 of 6400 samples are not shown." in lines
-    losses = found.samples["loss"]
+    assert len(lines) < 30 and "... 6388 of 6400 positions are not shown." in lines
+    losses = found.positions["loss"]
     shown = [float(line.split()[4]) for line in lines if re.match(r" *\d+ +\d", line)]
     assert len(shown) == 12
     np.testing.assert_allclose(shown[:8], np.sort(losses)[::-1][:8], rtol=1e-4)
@@ -386,17 +388,17 @@ PLANTED = {
         SparseCategoricalCrossentropy(), BATCH_OF_SEQUENCES, SEQUENCES.softmax(1), {},
         "sum to 1 along axis 1, .* pass axis=1"),
     "predictions that are not finite": (
-        logits_loss(), LABELS, WITH_NAN, {}, r"1 NaN and 0 infinite .* the first in sample 3\."),
+        logits_loss(), LABELS, WITH_NAN, {}, r"1 NaN and 0 infinite .* the first at position 3\."),
     "labels that the predictions exclude": (
         logits_loss(), LABELS, LOGITS.scatter(1, LABELS[:, None], -torch.inf), {}, "64 of 64"),
     "weights that are not finite": (
-        logits_loss(), LABELS, LOGITS, {"sample_weight": WITH_NAN[:, 4]}, "first is sample 3"),
+        logits_loss(), LABELS, LOGITS, {"sample_weight": WITH_NAN[:, 4]}, "first at position 3"),
     "nothing counts": (
         logits_loss(ignore_class=-1), torch.full((64,), -1), LOGITS, {},
-        "ignore_class=-1 leaves out all 64 samples"),
+        "ignore_class=-1 leaves out all 64 positions"),
     "weights whose mean is far from 1": (
         logits_loss(), LABELS, LOGITS, {"sample_weight": 1e-3 + 1e-2 * torch.rand(64)},
-        "mean weight of the 64 samples that count is 0.00"),
+        "mean weight of the 64 positions that count is 0.00"),
     "classes on another axis": (
         logits_loss(), BATCH_OF_SEQUENCES, 5 * SEQUENCES, {}, "fit axis 1 far better.* axis=1"),
     "many classes in probability mode": (
@@ -476,13 +478,13 @@ def ordinary(generator):
     counted = generator.random(shape) < 0.8
     counted.flat[0] = True
     mask = counted if pick([True, False, False]) else None
-    kind = pick(["none", "none", "about 1", "balanced", "by sample"])
+    kind = pick(["none", "none", "about 1", "balanced", "by position"])
     share = np.bincount(y.ravel(), minlength=classes) / y.size
     weight = {
         "none": None,
         "about 1": generator.uniform(0.5, 1.5, shape),
         "balanced": 1 / (np.count_nonzero(share) * share[y]),
-        "by sample": generator.uniform(0.5, 2, shape[:1] + (1,) * (len(shape) - 1)),
+        "by position": generator.uniform(0.5, 2, shape[:1] + (1,) * (len(shape) - 1)),
     }[kind]
     if pick([True, False, False]):
         targets = (
@@ -526,7 +528,7 @@ def test_weights_of_0_and_1_are_told_from_a_mask():
 QUIET = {
     "labels fit both axes alike": (
         logits_loss(), torch.arange(20).repeat(4, 1), 8 * torch.eye(20).repeat(4, 1, 1), {}),
-    "few samples by chance on another axis": (
+    "few positions by chance on another axis": (
         logits_loss(), SEQUENCES[:1].argmax(1), 5 * SEQUENCES[:1], {}),
     "three small weights": (
         logits_loss(), LABELS[:3], LOGITS[:3], {"sample_weight": torch.tensor([0.2, 0.3, 0.1])}),
@@ -547,7 +549,7 @@ QUIET = {
     "small whole logits": (logits_loss(), [0, 1], [[0.0, 1.0], [1.0, 0.0]], {}),
     "big-endian weights": (
         logits_loss(), LABELS, LOGITS, {"sample_weight": np.ones(64, ">f4")[::-1]}),
-    "no samples": (logits_loss(), LABELS[:0], LOGITS[:0], {}),
+    "no positions": (logits_loss(), LABELS[:0], LOGITS[:0], {}),
     "one number for each weight": (logits_loss(), LABELS, LOGITS, {"sample_weight": 0.01}),
 }  # fmt: skip
 
@@ -609,7 +611,7 @@ def test_the_place_of_a_finding_has_every_axis():
     z = torch.zeros(2, 5, 3, 4)
     z[1, 2, 1, 3] = torch.nan
     (finding,) = explain(logits_loss(axis=2), torch.zeros(2, 5, 4).long(), z).findings
-    assert "the first in sample (1, 2, 3)." in finding.evidence
+    assert "the first at position (1, 2, 3)." in finding.evidence
 
 
 NOTES = {
@@ -639,7 +641,7 @@ def test_the_mends_for_labels_from_1_with_a_void_work_in_any_order():
 
 def test_where_the_loss_raises_it_says_why():
     found = explain(logits_loss(), PADDED, LOGITS)
-    assert found.value is None and found.samples == {} and found.numerator is None
+    assert found.value is None and found.positions == {} and found.numerator is None
     assert str(found).startswith(
         "SparseCategoricalCrossentropy(from_logits=True) raises ValueError: y_true must hold labels"
     )
@@ -676,8 +678,8 @@ def test_the_plot_shows_each_sample_and_its_contribution(count):
     found = explain(logits_loss(), LABELS[:count], LOGITS[:count])
     figure, (losses, contributions) = found.plot()
     points = losses.collections[0].get_offsets()
-    np.testing.assert_allclose(points[:, 0], found.samples["probability"])
-    np.testing.assert_allclose(points[:, 1], found.samples["loss"])
+    np.testing.assert_allclose(points[:, 0], found.positions["probability"])
+    np.testing.assert_allclose(points[:, 1], found.positions["loss"])
     assert found.value is not None
     if count == 3:
         heights = [bar.get_height() for bar in contributions.patches]
@@ -686,7 +688,7 @@ def test_the_plot_shows_each_sample_and_its_contribution(count):
     figure_2, (panel, _) = ignoring.plot()
     left = int((LABELS[:count] != LABELS[0]).sum())
     assert len(panel.collections[0].get_offsets()) == left < count
-    assert panel.get_title() == f"{left} samples that count"
+    assert panel.get_title() == f"{left} positions that count"
     figure_2.clear()
     for panel in (losses, contributions):
         assert panel.get_xlabel() and panel.get_ylabel() and panel.get_title()

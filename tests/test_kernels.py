@@ -1,23 +1,28 @@
 """Rows: losses and gradients against the oracle, derivatives, transforms, rounding."""
 
+from functools import reduce
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import data, floats, integers, sampled_from
-from oracle import sample
-from paths import INTERPRETED, PATHS, take_path
+from paths import INTERPRETED, PATHS, SAVING, take_path
 from torch.autograd import gradcheck, gradgradcheck
 from ulps import ulps
 
 from torch_sce import kernels
+from torch_sce.crosscheck.reference import from_logits, from_probabilities
+from torch_sce.kernels import aten, cpu
+from torch_sce.kernels.contract import Summary, loss_of, merge, sums
 from torch_sce.samples import CLIP
-from torch_sce.kernels import IGNORED, aten, cpu
 
 # One: nothing to choose; 2: the least; 7: no power of two; many: several vectors and tiles.
 MANY = 40 if INTERPRETED else 1000
 CLASSES = (1, 2, 7, MANY)
 MODELS = {"logits": None, "probabilities": CLIP[torch.float32]}
+IGNORED = -(2**62)  # the label, in these tests, of rows that do not count
 
 
 @pytest.fixture(params=PATHS, autouse=True)
@@ -26,10 +31,20 @@ def path(request, monkeypatch):
     return request.param
 
 
+def counted_in(y):
+    """Which rows count; None if it can be seen that all do."""
+    counted = y != IGNORED
+    return None if not kernels.is_traced() and bool(counted.all()) else counted
+
+
 def row_losses(z, y, clip=None):
-    """As `functional` calls it where it can read the labels."""
-    all_classes = not kernels.is_traced() and bool(((y >= 0) & (y < z.shape[-1])).all())
-    return kernels.row_losses(z, y, clip, all_classes)
+    """As `samples` prepares them where it can read the labels, but for those of no class."""
+    in_range = not kernels.is_traced() and bool(((y >= 0) & (y < z.shape[-1])).all())
+    return kernels.row_losses(z, y, counted_in(y), clip, in_range)
+
+
+def definition(z, y, clip=None):
+    return aten.row_losses(z, y, counted_in(y), clip)
 
 
 def seeded(seed):
@@ -48,11 +63,11 @@ def rows(classes, model, shape=(3, 4), dtype=torch.float32, seed=0):
 
 
 def expected(z, y, g, model):
-    loss, dz = np.zeros(y.shape), np.zeros(z.shape)
-    for at in np.ndindex(*y.shape):
-        loss[at], slope = sample(z[at].tolist(), y[at].item(), model == "logits")
-        dz[at] = slope * g[at].item()
-    return loss, dz
+    """The losses and their gradients by the float64 rules."""
+    rule = from_logits if model == "logits" else from_probabilities
+    z, y, g = (x.cpu().numpy() for x in (z.double(), y, g.double()))
+    want = rule(z, y)
+    return want.loss, want.gradient * g[..., None]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -78,10 +93,9 @@ def test_every_path_gives_the_definition_to_a_few_ulps(model, classes):
     fast, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
     loss = row_losses(fast, y, MODELS[model])
     loss.backward(g)
-    definition = aten.row_losses(plain, y, MODELS[model])
-    definition.backward(g)
-    size = definition.detach().abs().clamp(min=1)
-    assert ulps(loss, definition, size) <= 4
+    want = definition(plain, y, MODELS[model])
+    want.backward(g)
+    assert ulps(loss, want, want.detach().abs().clamp(min=1)) <= 4
     assert fast.grad is not None and plain.grad is not None
     # g p - g cancels where p is near 1.
     size = torch.maximum(plain.grad.abs().amax(-1), g.abs()).unsqueeze(-1)
@@ -93,7 +107,7 @@ def test_an_ignored_row_has_no_loss_and_no_gradient_whatever_it_holds(model):
     z, y, g = rows(7, model)
     z[1, 2], z[0, 1, 3], y[1, 2], y[0, 1] = torch.nan, torch.inf, IGNORED, IGNORED
     z.requires_grad_()
-    for losses in (row_losses(z, y, MODELS[model]), aten.row_losses(z, y, MODELS[model])):
+    for losses in (row_losses(z, y, MODELS[model]), definition(z, y, MODELS[model])):
         (dz,) = torch.autograd.grad(losses, z, g)
         assert losses.isfinite().all() and dz.isfinite().all()
         assert losses[1, 2] == 0 and losses[0, 1] == 0
@@ -106,7 +120,7 @@ def test_a_label_that_is_no_class_poisons_its_row_and_no_other(model, label):
     z, y, g = rows(7, model)
     y[1, 2] = label
     z.requires_grad_()
-    for losses in (row_losses(z, y, MODELS[model]), aten.row_losses(z, y, MODELS[model])):
+    for losses in (row_losses(z, y, MODELS[model]), definition(z, y, MODELS[model])):
         (dz,) = torch.autograd.grad(losses, z, g)
         poisoned = torch.zeros(y.shape, dtype=torch.bool)
         poisoned[1, 2] = True
@@ -128,8 +142,8 @@ def test_first_and_second_derivatives_match_finite_differences(model):
     assert gradcheck(losses, z, check_forward_ad=True, check_batched_grad=True,
                      check_batched_forward_grad=True)  # fmt: skip
     assert gradgradcheck(losses, z, check_fwd_over_rev=True, check_batched_grad=True)
-    assert gradcheck(lambda z: aten.row_losses(z, y, clip), z)
-    assert gradgradcheck(lambda z: aten.row_losses(z, y, clip), z)
+    assert gradcheck(lambda z: definition(z, y, clip), z)
+    assert gradgradcheck(lambda z: definition(z, y, clip), z)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -201,8 +215,8 @@ def test_an_offset_of_all_logits_costs_no_precision(offset):
 def test_tiny_probabilities_do_not_cancel():
     """log s - log p would be off by 4 ulps here: both logarithms are near -15."""
     q, y = torch.tensor([[3e-7, 1e-7]]), torch.tensor([0])
-    want, _ = sample(q[0].tolist(), 0, from_logits=False)
-    assert ulps(row_losses(q, y, MODELS["probabilities"]), [want], 1.0) <= 1
+    want, _ = expected(q, y, torch.ones(1), "probabilities")
+    assert ulps(row_losses(q, y, MODELS["probabilities"]), want, 1.0) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -304,9 +318,9 @@ def test_logits_of_any_size_equal_the_definition(far):
     z, y, g = rows(7, "logits")
     z, y = FAR[far](z), torch.where(y % 3 == 1, 0, y)
     fast, plain = z.clone().requires_grad_(), z.double().requires_grad_()
-    loss, definition = row_losses(fast, y), aten.row_losses(plain, y, None)
-    (dz,), (want,) = torch.autograd.grad(loss, fast, g), torch.autograd.grad(definition, plain, g)
-    torch.testing.assert_close(loss, definition.float(), rtol=4e-7, atol=4e-7, equal_nan=True)
+    loss, right = row_losses(fast, y), definition(plain, y)
+    (dz,), (want,) = torch.autograd.grad(loss, fast, g), torch.autograd.grad(right, plain, g)
+    torch.testing.assert_close(loss, right.float(), rtol=4e-7, atol=4e-7, equal_nan=True)
     size = g.abs().unsqueeze(-1).nan_to_num() * 2**-20
     assert torch.equal(dz.isnan(), want.isnan())
     assert ((dz - want).abs() <= size)[~want.isnan()].all()
@@ -320,11 +334,11 @@ def test_probabilities_of_any_size_equal_the_definition(bad):
     q[1, 2, 3], q[0, 0, y[0, 0]] = bad, bad
     clip = MODELS["probabilities"]
     fast, plain = q.clone().requires_grad_(), q.clone().requires_grad_()
-    loss, definition = row_losses(fast, y, clip), aten.row_losses(plain, y, clip)
+    loss, right = row_losses(fast, y, clip), definition(plain, y, clip)
     loss.backward(g)
     wide = q.double()
-    want = aten.row_gradients(g.double(), wide, y, *aten.summarize(wide, y, clip)[:2], clip)
-    torch.testing.assert_close(loss, definition, rtol=4e-7, atol=4e-7, equal_nan=True)
+    want = aten.row_gradients(g.double(), wide, y, None, clip, aten.summarize(wide, y, clip))
+    torch.testing.assert_close(loss, right, rtol=4e-7, atol=4e-7, equal_nan=True)
     torch.testing.assert_close(fast.grad, want.float(), rtol=1e-6, atol=0, equal_nan=True)
 
 
@@ -339,7 +353,7 @@ def test_both_bounds_are_inclusive_in_first_and_second_derivatives(dtype):
     first = [1 / s - 1 / low, 0, 1 / s, 0]
     second = [1 / low**2 - 2 / s**2, 0, -2 / s**2, 0]  # of the sum of the first
     y = torch.tensor([0])
-    for losses in (row_losses(q, y, clip), aten.row_losses(q, y, clip)):
+    for losses in (row_losses(q, y, clip), definition(q, y, clip)):
         (dq,) = torch.autograd.grad(losses, q, torch.ones_like(losses), create_graph=True)
         (again,) = torch.autograd.grad(dq.sum(), q)
         torch.testing.assert_close(dq, dq.new_tensor([first]), rtol=1e-6, atol=0)
@@ -483,3 +497,137 @@ def test_a_default_device_or_dtype_changes_nothing():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_known_of_the_labels_changes_no_bit(model):
+    z, y, g = large(model)
+    y[::3] = IGNORED
+    counted, clip = y != IGNORED, MODELS[model]
+    classes = y.masked_fill(~counted, 0)
+    results = []
+    for label, in_range in ((y, False), (classes, False), (classes, True)):
+        leaf = z.clone().requires_grad_()
+        losses = kernels.row_losses(leaf, label, counted, clip, in_range)
+        results.append((losses.detach(), *torch.autograd.grad(losses, leaf, g)))
+    first, *others = results
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("few", [1e-7, 1e-4])
+def test_second_derivatives_keep_their_digits_where_the_label_is_unlikely(few, model, path):
+    """And where it is nearly certain: neither -r / s nor e / s - 1 keeps them for both."""
+    if (path, model) == ("small", "logits"):
+        pytest.skip("PyTorch's own loss, which small tensors take, does not keep them")
+    q = torch.tensor([[few, 0.3, 0.6], [1.0 - few, few / 2, few / 2]])
+    z, y = q.log() if model == "logits" else q, torch.tensor([0, 0])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = z.to(dtype).requires_grad_()
+        total = row_losses(leaf, y, MODELS[model]).sum()
+        (dz,) = torch.autograd.grad(total, leaf, create_graph=True)
+        results += [dz.detach()[:, 0].double()]
+        results += [each.double() for each in torch.autograd.grad(dz[:, 0].sum(), leaf)]
+    first, second, first_exact, second_exact = results
+    # Logits down to -16 have an exponential that is off by as many ulps.
+    torch.testing.assert_close(second, second_exact, rtol=4e-6, atol=0)
+    if model == "probabilities":
+        torch.testing.assert_close(first, first_exact, rtol=1e-6, atol=0)
+
+
+# Every way to cut six classes into slices, in order.
+CUTS = [list(pairwise((0, *inner, 6))) for n in range(6) for inner in combinations(range(1, 6), n)]
+# Added to logits: nothing, the same for all, steps that only the last or the first slice survives,
+# and minus infinity for whole slices at either end, in the middle, for all but one and for all.
+ADDED = torch.tensor([
+    [0.0] * 6, [1e4] * 6, [-1e4] * 6, [1e4 * j for j in range(6)], [-1e4 * j for j in range(6)],
+    [0, 1e4, -1e4, 1e4, 0, -1e4], [10.0 * j for j in range(6)],
+    [-torch.inf] * 3 + [0.0] * 3, [0.0] * 3 + [-torch.inf] * 3,
+    [0, 0, -torch.inf, -torch.inf, 0, 0], [-torch.inf] * 5 + [1e4], [-torch.inf] * 6,
+], device="cpu")  # fmt: skip
+
+
+def six_classes(model, labels):
+    """Rows of every kind for every label, (kinds, labels, 6), and their labels."""
+    z, _, _ = rows(6, "logits", (len(ADDED), len(labels)))
+    z = z + ADDED.to(z.device).unsqueeze(1)
+    if model == "probabilities":  # among them 0 and 1, and rows of NaN, of which there is no part
+        z = z.softmax(-1).nan_to_num(0.25)
+    return z, torch.tensor(labels).expand(z.shape[:-1])
+
+
+def slices(z, y, cut, clip):
+    return [aten.summarize(z[..., start:stop], y - start, clip) for start, stop in cut]
+
+
+def both_ways(parts):
+    """The slices merged from the first to the last, and from the last to the first."""
+    yield reduce(merge, parts)
+    yield reduce(lambda last, part: merge(part, last), reversed(parts))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: ",".join(str(stop) for _, stop in cut))
+def test_slices_of_the_classes_merge_into_the_whole_row(cut, model):
+    clip = MODELS[model]
+    z, y = six_classes(model, range(6))
+    whole = aten.summarize(z.double(), y, clip)
+    s, loss = sums(whole, clip), loss_of(whole, clip)
+    # In ulps of s, which is 1 and more for logits. A term's exponential and argument are rounded,
+    # and the additions of five terms; a merge also rounds an exponential and a product.
+    bound = 4 + 1.5 * (len(cut) - 1)
+    for found in both_ways(slices(z, y, cut, clip)):
+        assert torch.equal(found.m.double(), whole.m)
+        assert torch.equal(found.p.double(), whole.p)
+        assert ulps(found.r, whole.r, s.nan_to_num(1.0)) <= bound
+        # The loss: that of s or s / p, a logarithm, and one more operation.
+        error = ulps(loss_of(found, clip), loss, loss.abs().clamp(min=1).nan_to_num())
+        assert error <= bound + 2
+        assert torch.equal(loss_of(found, clip).isnan(), loss.isnan())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("cut", [cut for cut in CUTS if len(cut) == 2], ids=str)
+def test_two_slices_merge_in_either_order(cut, model):
+    z, y = six_classes(model, range(6))
+    a, b = slices(z, y, cut, MODELS[model])
+    for one, other in zip(merge(a, b), merge(b, a), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("cut", CUTS[::5], ids=str)
+def test_a_label_outside_of_all_slices_has_no_p(cut, model):
+    """All classes are others then."""
+    clip = MODELS[model]
+    z, y = six_classes(model, [-1, 6, 2**40, IGNORED])
+    wide = z.double()
+    m = wide.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    want = (wide - m).exp().sum(-1) if clip is None else wide.clamp(*clip).sum(-1)
+    for found in both_ways(slices(z, y, cut, clip)):
+        assert (found.p == (-torch.inf if clip is None else 0)).all()
+        assert ulps(found.r, want, want.clamp(min=1)) <= 4 + 1.5 * (len(cut) - 1)
+
+
+@pytest.mark.parametrize("kernels_", SAVING, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_the_summary_is_what_is_saved(classes, model, kernels_):
+    """In shared rows too. Of rows that do not count nothing is said."""
+    clip = MODELS[model]
+    z, y, _ = rows(classes, model)
+    y[0, 1], y[1, 2], y[2, 0] = -1, classes, IGNORED
+    if model == "logits":
+        z[1, 1] = -torch.inf
+    counted = y != IGNORED
+    found = Summary(*kernels_.forward(z, y, counted, clip, False)[1])
+    want = aten.summarize(z.double(), y, clip)
+    if clip is not None and found.m.numel() == 0:
+        found = found._replace(m=torch.zeros_like(found.r))  # they are known, and not stored
+    assert all(part.shape == y.shape and part.dtype == torch.float32 for part in found)
+    assert torch.equal(found.m[counted].double(), want.m[counted])
+    assert torch.equal(found.p[counted].double(), want.p[counted])
+    # An exponential, and at most ten sums over tiles.
+    size = sums(want, clip).nan_to_num(1.0)
+    assert ulps(found.r[counted], want.r[counted], size[counted]) <= 8

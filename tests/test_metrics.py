@@ -16,7 +16,7 @@ import torchmetrics
 
 import torch_sce
 from torch_sce import metrics
-from torch_sce.reduction import sample_means
+from torch_sce.reduction import example_means
 from torch_sce.samples import leading
 
 NAN = float("nan")
@@ -257,7 +257,7 @@ class TestEveryMetric:
 
 
 class TestMeans:
-    """`sample_means`; the cross-check has all shapes of weights beside Keras."""
+    """`example_means`; the cross-check has all shapes of weights beside Keras."""
 
     VALUES = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
 
@@ -269,7 +269,7 @@ class TestMeans:
     )  # fmt: skip
     def test_weights_belong_to_the_leading_axes(self, weight, total, count):
         weight = None if weight is None else torch.tensor(weight)
-        got = sample_means(self.VALUES, weight)
+        got = example_means(self.VALUES, weight)
         assert float(got[0]) == pytest.approx(total) and float(got[1]) == pytest.approx(count)
 
     def test_batches_of_other_lengths_weigh_by_their_samples(self):

@@ -31,8 +31,8 @@ from torch_sce import (
     sparse_categorical_accuracy,
     sparse_categorical_crossentropy,
 )
+from torch_sce.kernels import aten, cpu, targets
 from torch_sce.samples import CLIP
-from torch_sce.kernels import IGNORED, aten, cpu, targets
 
 pytestmark = pytest.mark.skipif("torch.get_default_device().type != 'cpu'")
 
@@ -49,8 +49,9 @@ MODELS = ("logits", "probabilities", "targets, logits", "targets, probabilities"
 WORK = {
     aten: ("row_losses", "forward", "backward"),
     cpu: ("small_losses", "forward", "backward"),
-    targets: ("losses", "forward_targets", "backward_targets"),
+    targets: ("losses", "forward", "backward"),
 }
+BACKWARD = {"aten.backward", "cpu.backward", "targets.backward"}
 definition, definition_of_targets = aten.row_losses, targets.losses
 
 
@@ -58,22 +59,23 @@ def path_of(model, size, plain=False):
     """The path of plain tensors, or that of others: the plain operations."""
     if model.startswith("targets"):
         operations = plain or (size == "small" and SIZES[size][-1] <= targets.FEW)
-        return {"losses"} if operations else {"forward_targets", "backward_targets"}
+        return {"targets.losses"} if operations else {"targets.forward", "targets.backward"}
     if plain:
-        return {"row_losses"}
-    return {"small_losses"} if (model, size) == ("logits", "small") else {"forward", "backward"}
+        return {"aten.row_losses"}
+    small = (model, size) == ("logits", "small")
+    return {"cpu.small_losses"} if small else {"cpu.forward", "cpu.backward"}
 
 
 @pytest.fixture
 def path(monkeypatch):
-    """The functions that have done the work so far."""
+    """The functions that have done the work so far, each with its module."""
     taken = set()
 
     def spy(module, name):
         function = getattr(module, name)
 
         def call(*args, **kwargs):
-            taken.add(name)
+            taken.add(f"{module.__name__.split('.')[-1]}.{name}")
             return function(*args, **kwargs)
 
         monkeypatch.setattr(module, name, call)
@@ -122,8 +124,8 @@ class Problem:
     def defined(self, z):
         clip = None if self.from_logits else CLIP[torch.float32]
         if self.sparse:
-            return definition(z, self.y.where(self.counted, IGNORED), clip)
-        return definition_of_targets(z, self.y.to(z.dtype), clip, None, self.counted)
+            return definition(z, self.y, self.counted, clip)
+        return definition_of_targets(z, self.y.to(z.dtype), self.counted, clip, 0.0)
 
     def check(self, z, losses, dz, g=None):
         """That these are the losses and the gradient of z.
@@ -274,7 +276,7 @@ def test_an_upstream_gradient_of_another_kind_takes_the_plain_operations(kind, p
     leaf = problem.z.requires_grad_()
     losses = problem.losses(leaf)
     (dz,) = torch.autograd.grad(losses, leaf, OTHERS[kind](problem.g))
-    assert not path & {"backward", "backward_targets"}
+    assert not path & BACKWARD
     problem.check(problem.z, losses, memory_of(dz))
 
 
@@ -350,7 +352,7 @@ class TestModes:
         losses = problem.losses(leaf)
         with Names():
             (dz,) = torch.autograd.grad(losses, leaf, problem.g)
-        assert not path & {"backward", "backward_targets"}
+        assert not path & BACKWARD
         problem.check(problem.z, losses, dz)
 
     @pytest.mark.parametrize("pre_dispatch", [False, True])
@@ -487,7 +489,7 @@ class TestTransforms:
         many = torch.stack([problem.g, -problem.g])
         (dz,) = torch.autograd.grad(losses, leaf, many, is_grads_batched=True, retain_graph=True)
         mapped = torch.func.vmap(lambda g: torch.autograd.grad(losses, leaf, g))(many)
-        assert not path & {"backward", "backward_targets"}
+        assert not path & BACKWARD
         for found in (dz, *mapped):
             problem.check(problem.z, losses, found[0])
             assert torch.equal(found[0], -found[1])
@@ -501,7 +503,7 @@ class TestInference:
             z, y, mask = problem.z * 1, problem.y * 1, problem.counted & True
             inside = problem.losses(z, y, mask)
         outside = problem.losses(z, y, mask)
-        assert path == path_of(model, size) - {"backward", "backward_targets"}
+        assert path == path_of(model, size) - BACKWARD
         assert torch.equal(inside, want) and torch.equal(outside, want)
         assert inside.is_inference() and not outside.requires_grad
 
@@ -542,7 +544,7 @@ class TestHooks:
         leaf = problem.z.requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, OTHERS["two tensors"]):
             losses, dz = differentiated(problem, leaf)
-        assert not path & {"backward", "backward_targets"}
+        assert not path & BACKWARD
         problem.check(problem.z, losses, memory_of(dz))
 
     def test_checkpoints_compute_the_same_again(self, problem, model, size, path):

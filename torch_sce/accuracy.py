@@ -1,4 +1,4 @@
-"""The accuracies as functions: for every sample 1.0 if its prediction is right, otherwise 0.0.
+"""The accuracies as functions: for every position 1.0 if its prediction is right, otherwise 0.0.
 
 Integer labels go with the `sparse_` functions, one-hot labels with the others. Predictions may be
 logits or probabilities: only their order counts. Ties go to the lowest class number, but -0.0 is
@@ -23,7 +23,7 @@ from .samples import (
 
 
 def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
-    """Whether the largest prediction of each sample is that of its label.
+    """Whether the largest prediction of each position is that of its label.
 
     Args:
         y_true: labels, of any real dtype, of `y_pred`'s shape without its last axis, or with a size
@@ -53,7 +53,7 @@ def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
 
 
 def categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
-    """Whether the largest prediction of each sample is where its largest target is.
+    """Whether the largest prediction of each position is where its largest target is.
 
     Args:
         y_true: targets, one-hot or soft, of any real dtype, in `y_pred`'s shape.
@@ -80,16 +80,16 @@ def categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
 def sparse_top_k_categorical_accuracy(
     y_true: ArrayLike, y_pred: ArrayLike, k: int = 5, from_sorted_ids: bool = False
 ) -> Tensor:
-    """Whether fewer than k predictions of each sample are larger than that of its label.
+    """Whether fewer than k predictions of each position are larger than that of its label.
 
-    So predictions that tie with the k-th largest all count. A sample with a prediction that is
+    So predictions that tie with the k-th largest all count. A position with a prediction that is
     not finite is never right.
 
     Args:
         y_true: labels, of any real dtype (floats are truncated toward zero), of `y_pred`'s shape
             without its last axis, or with a size of 1 in its place.
         y_pred: logits or probabilities, (..., C), with a batch axis. With `from_sorted_ids` the
-            class numbers of each sample, best first, of which the first k are looked at.
+            class numbers of each position, best first, of which the first k are looked at.
         k: how many, at least 1.
         from_sorted_ids: whether `y_pred` holds class numbers.
 
@@ -121,7 +121,7 @@ def sparse_top_k_categorical_accuracy(
 
 
 def top_k_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike, k: int = 5) -> Tensor:
-    """Whether fewer than k predictions of each sample are larger than that of its largest target.
+    """Whether fewer than k predictions of each position are larger than that of its largest target.
 
     Args:
         y_true: targets, one-hot or soft, of any real dtype, in `y_pred`'s shape.
@@ -177,7 +177,7 @@ def _batch(y_pred: Tensor) -> Tensor:
         return y_pred
     raise ValueError(
         f"y_pred must have a batch axis and a class axis, got shape {tuple(y_pred.shape)}: "
-        "for one sample pass y_pred[None]"
+        "for one example pass y_pred[None]"
     )
 
 

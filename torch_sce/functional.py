@@ -15,7 +15,7 @@ def sparse_categorical_crossentropy(
     ignore_class: float | None = None,
     axis: int = -1,
 ) -> Tensor:
-    """The cross-entropy, in nats, between integer labels and predictions, one value per sample.
+    """The cross-entropy, in nats, between integer labels and predictions, one value per position.
 
         from logits:         log(sum_j exp(z_j)) - z_y
         from probabilities:  log(sum_j c_j) - log(c_y),  c = clip(q, 1e-7, 1 - 1e-7)
@@ -25,7 +25,7 @@ def sparse_categorical_crossentropy(
             `y_pred`'s shape without its class axis, or with a size of 1 in its place.
         y_pred: logits or probabilities, (..., C), float16, bfloat16, float32 or float64.
         from_logits: whether `y_pred` holds logits.
-        ignore_class: a label, of a class or not, whose samples get loss 0 and gradient 0.
+        ignore_class: a label, of a class or not, whose positions get loss 0 and gradient 0.
         axis: the class axis of `y_pred`.
 
     Returns:
@@ -34,7 +34,7 @@ def sparse_categorical_crossentropy(
 
     Raises:
         ValueError: shapes that do not fit, no classes, `axis` out of range, or (on the CPU, in
-            eager mode) a label outside `[0, C)`. Elsewhere such a label makes its sample's loss
+            eager mode) a label outside `[0, C)`. Elsewhere such a label makes its position's loss
             and gradient NaN.
         TypeError: predictions that are not real floating-point numbers, labels that are not
             real numbers, an `ignore_class` or `axis` that is not a number.
@@ -65,7 +65,7 @@ def categorical_crossentropy(
     label_smoothing: float = 0.0,
     axis: int = -1,
 ) -> Tensor:
-    """The cross-entropy, in nats, between targets and predictions, one value per sample.
+    """The cross-entropy, in nats, between targets and predictions, one value per position.
 
         from logits:         -sum_j y_j log(softmax(z)_j)
         from probabilities:  -sum_j y_j log(c_j),  c = clip(q / sum(q), 1e-7, 1 - 1e-7)

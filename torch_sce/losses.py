@@ -176,7 +176,7 @@ class SparseCategoricalCrossentropy(_Loss):
         from_logits: whether predictions are logits; if not, they are probabilities. To match what
             Keras's `fit()` reports for a model that ends in a softmax, return the logits and pass
             True: Keras looks through a softmax, and a loss in PyTorch cannot.
-        ignore_class: a label, of a class or not, whose samples do not count: loss 0, gradient 0,
+        ignore_class: a label, of a class or not, whose positions do not count: loss 0, gradient 0,
             and not in the denominator of a mean.
         reduction: "sum_over_batch_size" or its other names "mean" and "auto", "sum",
             "mean_with_sample_weight", "none" or None. `torch_sce.reduction` defines them.

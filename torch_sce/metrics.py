@@ -12,12 +12,12 @@ of this batch alone. What torchmetrics has works: collections, checkpoints, movi
 and the sum over the ranks of `torch.distributed`.
 
 Options are attributes, as in Keras: `metric.k`. `name` and `dtype` can be set later, the others
-cannot, since samples have been counted with them.
+cannot, since examples have been counted with them.
 
-The value is total / count, and 0 while there is no count. Every sample is averaged over its
-elements first, then the samples; `torch_sce.reduction.sample_means` has the rule. Total and count
+The value is total / count, and 0 while there is no count. Every example is averaged over its
+elements first, then the examples; `torch_sce.reduction.example_means` has the rule. Total and count
 are float64, also after `model.to(torch.bfloat16)`: the count of a float32 metric of Keras stops at
-2^24 samples. An update does not wait for the device. (MPS has no float64: there, keep metrics on
+2^24 examples. An update does not wait for the device. (MPS has no float64: there, keep metrics on
 the CPU.)
 """
 
@@ -55,7 +55,7 @@ from .options import (
     parse_smoothing,
     shown_options,
 )
-from .reduction import sample_means
+from .reduction import example_means
 from .samples import leading, over_leading_axes, prepare
 
 __all__ = [
@@ -86,7 +86,7 @@ class _Option:
 
 
 class _Mean(Metric):
-    """The mean over samples of what `_values` gives: Keras's `MeanMetricWrapper`."""
+    """The mean over examples of what `_values` gives: Keras's `MeanMetricWrapper`."""
 
     is_differentiable = False
     higher_is_better = True
@@ -153,12 +153,12 @@ class _Mean(Metric):
 
     @property
     def total(self) -> Tensor:
-        """The sum of the values of all samples, weighted; float64."""
+        """The sum of the values of all examples, weighted; float64."""
         return getattr(self, self._names[0])
 
     @property
     def count(self) -> Tensor:
-        """The number of samples, or the sum of their weights; float64."""
+        """The number of examples, or the sum of their weights; float64."""
         return getattr(self, self._names[1])
 
     def update(
@@ -178,7 +178,7 @@ class _Mean(Metric):
             ]
             if weights == [None, None]:
                 kept = None
-            total, count = sample_means(values, *weights, kept)
+            total, count = example_means(values, *weights, kept)
             setattr(self, self._names[0], self.total + total)
             setattr(self, self._names[1], self.count + count)
 
@@ -199,8 +199,8 @@ class _Mean(Metric):
 
         Args:
             y_true, y_pred: as the function of the same name takes them.
-            sample_weight: a weight for each sample, (B,), or for each of its elements, (B, T); a
-                scalar makes the batch count as one sample of that weight.
+            sample_weight: a weight for each example, (B,), or for each of its elements, (B, T); a
+                scalar makes the batch count as one example of that weight.
             mask: where it is zero nothing counts, as with a weight of zero, and predictions,
                 labels and weights there do not matter.
 
@@ -211,7 +211,7 @@ class _Mean(Metric):
         self.update(y_pred, y_true, sample_weight, mask)
 
     def result(self) -> Tensor:
-        """The mean over all samples since the last reset; 0 before the first."""
+        """The mean over all examples since the last reset; 0 before the first."""
         if self.update_called or torch.compiler.is_compiling():
             return self.compute()
         with warnings.catch_warnings():
@@ -220,7 +220,7 @@ class _Mean(Metric):
             return self.compute()
 
     def reset_state(self) -> None:
-        """Forgets all samples."""
+        """Forgets all examples."""
         self.reset()
 
     def get_config(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class _Mean(Metric):
     def _values(
         self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A value for each sample; and which are not ignored."""
+        """A value for each example; and which are not ignored."""
         raise NotImplementedError
 
 
@@ -368,7 +368,7 @@ class SparseCategoricalCrossentropy(_Mean):
 
     As `tf.keras.metrics.SparseCategoricalCrossentropy`; the function
     `sparse_categorical_crossentropy` has the rule, and explains the options. As in Keras 3 an
-    ignored sample adds 0 and is counted, unlike in the loss; with weights or a mask it is not.
+    ignored position adds 0 and is counted, unlike in the loss; with weights or a mask it is not.
 
     >>> metric = SparseCategoricalCrossentropy()
     >>> metric.update_state([1, 2], [[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])

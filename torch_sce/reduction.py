@@ -14,7 +14,7 @@ division by zero gives 0. `sum(w v)` runs over the weights as they were given, b
 broadcast: a scalar weight is divided by itself once. A loss without axes is not averaged. The
 source is `keras.src.losses.loss.reduce_weighted_values`.
 
-Metrics have a rule of their own, see `sample_means`.
+Metrics have a rule of their own, see `example_means`.
 """
 
 from typing import Any
@@ -71,17 +71,17 @@ def numerator_and_denominator(
     return total, torch.full_like(total, count)
 
 
-def sample_means(
+def example_means(
     values: Tensor, sample_weight: Tensor | None, *masks: Tensor | None
 ) -> tuple[Tensor, Tensor | int]:
-    """What a batch adds to a metric's total and count: Keras 3 averages every sample first.
+    """What a batch adds to a metric's total and count: Keras 3 averages every example first.
 
         without weights:    total = sum_b mean(v_b)       count = B
         with weights:       total = sum_b mean(w_b v_b)   count = sum_b mean(w_b)
 
-    Weights and masks belong to the leading axes of the values: (B,) has one for each sample, (B,
+    Weights and masks belong to the leading axes of the values: (B,) has one for each example, (B,
     T) for each of its elements, and a scalar weight one for the batch, whose mean then counts as
-    one sample. A mask is a weight, under which a zero hides even a NaN, of a value or a weight.
+    one example. A mask is a weight, under which a zero hides even a NaN, of a value or a weight.
 
     The source is `keras.src.metrics.reduction_metrics.reduce_to_samplewise_values`.
 
@@ -93,7 +93,7 @@ def sample_means(
     Returns:
         Total and count; sums in float64, in which counts stay exact up to 2^53.
 
-    >>> total, count = sample_means(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([2, 1]))
+    >>> total, count = example_means(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([2, 1]))
     >>> total.item(), count.item()
     (2.0, 3.0)
     """
@@ -106,7 +106,7 @@ def sample_means(
             factors.append(mask)
             values = values.masked_fill(_with_rank(factors[-1], values.ndim) == 0, 0)
     if not factors:
-        return _sample_means(values).sum(), len(values) if values.ndim else 1
+        return _example_means(values).sum(), len(values) if values.ndim else 1
     rank = max(factor.ndim for factor in factors)
     factor = values.new_ones(())
     for each in factors:
@@ -115,14 +115,14 @@ def sample_means(
     if values.ndim > rank:
         values = values.mean(tuple(range(rank, values.ndim)))
     factor = factor.expand(values.shape)
-    return _sample_means(values * factor).sum(), _sample_means(factor).sum()
+    return _example_means(values * factor).sum(), _example_means(factor).sum()
 
 
 def _with_rank(x: Tensor, rank: int) -> Tensor:
     return x.reshape(x.shape + (1,) * (rank - x.ndim))
 
 
-def _sample_means(values: Tensor) -> Tensor:
+def _example_means(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 

@@ -292,7 +292,7 @@ def _label_hint(label: float, used: Tensor, C: int) -> str:
     if label == C and used.min() >= 1 and used.max() == C:
         return " The labels seem to start at 1: subtract 1."
     if label in (-1, -100, 255):
-        return f" If {label} marks samples to leave out, pass ignore_class={label}."
+        return f" If {label} marks positions to leave out, pass ignore_class={label}."
     return ""
 
 
@@ -318,7 +318,7 @@ def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     Keras adds or drops a last axis of size 1 where the ranks differ by one, then broadcasts.
 
     Differs from Keras, which goes on where the result would be larger than the losses, or where
-    a weight for each sample would meet the wrong axis: those raise a ValueError here.
+    a weight for each example would meet the wrong axis: those raise a ValueError here.
     """
     rank = len(shape)
     given = tuple(value.shape)
@@ -332,13 +332,13 @@ def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         have in (1, want)
         for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
     )
-    # (B,) on (B, T) is meant per sample, but would broadcast along T if B == T.
+    # (B,) on (B, T) is meant per example, but would broadcast along T if B == T.
     leads = 0 < value.ndim < rank and tuple(value.shape) == tuple(shape[: value.ndim])
     if leads and value.numel() > 1:
         index = ", ".join([":", *["None"] * (rank - value.ndim)])
         raise ValueError(
             f"{name} must broadcast to the losses' shape {tuple(shape)} from the last axis, "
-            f"got {given}: for one value per sample pass {name}[{index}]"
+            f"got {given}: for one value per example pass {name}[{index}]"
         )
     if not fits:
         raise ValueError(f"{name} must broadcast to the losses' shape {tuple(shape)}, got {given}")

@@ -1,11 +1,10 @@
-"""`cross_check.py batch FILE.npz`: one batch of a user's own, from three sides.
+"""`python -m torch_sce.crosscheck batch FILE.npz`: one batch of a user's own, from three sides.
 
 What tf.keras, torch_sce and `F.cross_entropy` make of it, and which rule accounts for how much of
 the difference.
 """
 
 import argparse
-import html
 import math
 import zipfile
 import zlib
@@ -13,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 
 import numpy as np
 from rich.console import Console
@@ -23,11 +21,12 @@ from rich.table import Table
 from ..explain import Explanation, explain
 from ..losses import SparseCategoricalCrossentropy
 from ..options import REDUCTIONS, parse_dtype
-from . import report
-from .answers import TARGET, Answer, LiveOracle, our_versions, ours
+from . import page, report
+from .answers import Answer, our_versions, ours
 from .blocks import judge_in_blocks, measured, refusal
 from .cases import LOSSES, Batch, Case
 from .compare import MISMATCH, Verdict
+from .live import TARGET, LiveOracle
 from .rules import Step, steps
 
 NEEDED, OPTIONAL = ("y_true", "y_pred"), ("sample_weight", "mask")
@@ -39,7 +38,7 @@ WEIGHTS = ("shape of a weight", "weight along the wrong axis")
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cross_check.py batch",
+        prog="python -m torch_sce.crosscheck batch",
         description="Shows what tf.keras, torch_sce and F.cross_entropy make of a batch of your "
         "own, with integer labels, and which rule accounts for the difference.",
         epilog="Write the file with np.savez(FILE, y_true=..., y_pred=..., sample_weight=..., "
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     """Runs the comparison; the exit code says how it ended. Raises OracleError without tf.keras."""
     line = parser()
     options = line.parse_args(arguments)
-    report.check_html(line, options.html)
+    page.check_html(line, options.html)
     try:
         case = _case(options, read(options.file))
     except Unreadable as error:
@@ -308,67 +307,27 @@ def _sentences(found: Found) -> list[str]:
     return said
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>$file: torch_sce and tf.keras</title>
-<style>$style</style>
-<h1>$file</h1>
-<p><code>$loss</code><br><small>$arguments<br>$versions</small></p>
-$sentences
-<h2>Three sides of the batch</h2>
-<p>The gradient is given by its length. "Off by" is the distance from tf.keras: of the value in
-nats, of the gradient in units of the length of tf.keras's.</p>
-$sides
-$ladder
-<h2>What the loss did</h2>
-$explanation
-</html>
-""")
-
-
 def to_html(found: Found) -> str:
     """One file that needs no other."""
-    good = found.verdict.outcome != MISMATCH
-    first, *more = (html.escape(sentence) for sentence in _sentences(found))
-    ladder = ""
-    if len(found.steps) > 1:
-        ladder = (
-            "<h2>From F.cross_entropy to tf.keras, one rule at a time</h2>"
-            + _plot(found)
-            + _table(_ladder(found))
-        )
-    return PAGE.substitute(
-        style=report.STYLE,
-        file=html.escape(found.file.name),
-        loss=html.escape(found.loss),
-        arguments="<br>".join(map(html.escape, found.explanation.arguments)),
-        versions=html.escape(", ".join(f"{k} {v}" for k, v in found.versions.items())),
-        sentences=f'<p class="verdict {"good" if good else "bad"}">{first}</p>'
-        + "".join(f"<p>{sentence}</p>" for sentence in more),
-        sides=_table(_sides(found)),
-        ladder=ladder,
-        explanation=_explained(found.explanation) + found.explanation._repr_html_(),
+    return page.render(
+        "batch.html",
+        found=found,
+        outcome="bad" if found.verdict.outcome == MISMATCH else "good",
+        sentences=_sentences(found),
+        sides=_sides(found),
+        ladder=_ladder(found),
+        numbers=NUMBERS,
+        way=_way(found),
+        losses=_losses(found.explanation),
     )
 
 
-def _table(table: list[list[str]]) -> str:
-    classes = ["n" if name in NUMBERS else "" for name in table[0]]
-
-    def cells(tag: str, row: list[str]) -> str:
-        return "".join(
-            f'<{tag} class="{kind}">{html.escape(cell)}'
-            for kind, cell in zip(classes, row, strict=True)
-        )
-
-    rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table[1:])
-    return f"<table><tr>{cells('th', table[0])}</tr>{rows}</table>"
-
-
-def _plot(found: Found) -> str:
+def _way(found: Found) -> list[page.Picture]:
     """The value after each rule, as a waterfall, and the gradients' distances."""
-    plt = report.pyplot()
+    plt = page.pyplot()
     seen = [step for step in found.steps if step.value is not None]
     if found.keras.value is None or found.keras.gradient is None or not seen:
-        return ""
+        return []
     values = [step.value or 0.0 for step in seen]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.9 + 0.5 * (len(seen) + 1)),
                                          layout="constrained", sharey=True)  # fmt: skip
@@ -386,17 +345,17 @@ def _plot(found: Found) -> str:
     gaps = [step.distance for step in seen]
     right.barh(names, gaps, color="#8c959f")
     right.set(xlabel="distance / length of tf.keras's gradient", title="The gradient's distance")
-    picture = report.image(figure, "the value after each rule, and the gradient's distance")
+    picture = page.picture(figure, "the value after each rule, and the gradient's distance")
     plt.close(figure)
-    return picture
+    return [picture]
 
 
-def _explained(explanation: Explanation) -> str:
-    plt = report.pyplot()
+def _losses(explanation: Explanation) -> list[page.Picture]:
+    plt = page.pyplot()
     try:
         figure, _ = explanation.plot()
     except ValueError:  # the loss raises, or nothing counts
-        return ""
-    picture = report.image(figure, "losses over probabilities, and contributions")
+        return []
+    picture = page.picture(figure, "losses over probabilities, and contributions")
     plt.close(figure)
-    return picture
+    return [picture]

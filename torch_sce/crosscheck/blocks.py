@@ -14,20 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .answers import Answer
+from .bounds import Expected, RowBounds, bounded, flushed, row_bounds, value_bounds
 from .cases import Case
 from .compare import AGREES, DELIBERATE, MISMATCH, Verdict, judge, judge_against, reference
-from .reference import (
-    Expected,
-    _broadcastable,
-    _cast_predictions,
-    _factor,
-    _from_logits,
-    _from_probabilities,
-    _reduce,
-    _Rows,
-    counted,
-    flushed,
-)
+from .reference import Given, Positions, Reduced, cast, losses, read_labels, reduced, shown
 
 ELEMENTS = 2**18  # of a block: a float64 copy of it stays in the caches
 ZERO = np.zeros(())
@@ -128,66 +118,48 @@ def _part(answer: Answer, right: Expected, rows: Rows | None) -> Answer:
 
 def expected_in_blocks(case: Case) -> Iterator[tuple[Rows | None, Expected]]:
     """The gradient for some rows after the other, and at last, with None for rows, the value."""
-    whole = _Whole(case)
-    parts = []
+    with np.errstate(all="ignore"):
+        y, positions = read_labels(case, case.y_true, case.y_pred.shape)
+        whole = reduced(case, positions, np.zeros(y.shape))  # its gradient is that of any losses
+    parts: list[tuple[np.ndarray, RowBounds]] = []
     for rows in blocks_of(case.y_pred.shape, case.options["axis"]):
-        model, right = whole.block(rows)
-        parts.append((model.loss, model.loss_scale))
+        with np.errstate(all="ignore"):
+            loss, off, right = _block(case, rows, y, positions, whole)
+        parts.append((loss, RowBounds(off.loss, off.loss_size, ZERO, ZERO)))
         yield rows, replace(right, value=ZERO, value_scale=ZERO)
-    value = whole.reduced(*map(np.concatenate, zip(*parts, strict=True)))
-    yield None, replace(value, gradient=None)
+    with np.errstate(all="ignore"):
+        yield None, _value(case, positions, parts)
 
 
-class _Whole:
-    """What the rules need of all rows together, one number of each."""
+def _block(
+    case: Case, rows: Rows, y: np.ndarray, positions: Positions, whole: Reduced
+) -> tuple[np.ndarray, RowBounds, Expected]:
+    """The losses of these rows, their bounds, and the gradient that the value has for them."""
+    labels, counts, bad, factor, gradient = (
+        array.reshape(-1)[rows.numbers]
+        for array in (y, positions.counts, positions.bad, whole.factor, whole.gradient)
+    )
+    part = replace(case, batch=replace(case.batch, y_pred=rows.of(case.y_pred)))
+    here = Positions(counts, bad, None, None)
+    given = Given(shown(cast(part.y_pred, part.loss_dtype), here), labels, 1, here)
+    found, off = losses(part, given), row_bounds(part, given)
+    total = Reduced(found.loss * factor, found.loss, factor, None, gradient)
+    return found.loss, off, bounded(part, given, found, total, off)
 
-    def __init__(self, case: Case) -> None:
-        self.case, shape = case, case.y_pred.shape
-        axis = case.options["axis"] % len(shape)
-        shape = shape[:axis] + shape[axis + 1 :]
-        self.labels = case.y_true.reshape(shape)
-        self.weight = _broadcastable(case.sample_weight, shape)
-        mask = _broadcastable(case.mask, shape)
-        self.counts, self.mask = counted(self.labels, case.options["ignore_class"], mask)
-        factor = _factor(self.weight, self.mask, case.options["reduction"])
-        self.factor = np.broadcast_to(np.abs(factor), shape)
-        nothing = np.zeros(self.labels.size)
-        slopes = self.reduced(nothing, nothing).gradient
-        assert slopes is not None
-        self.upstream = slopes.reshape(-1)
 
-    @np.errstate(all="ignore")
-    def reduced(self, loss: np.ndarray, loss_scale: np.ndarray) -> Expected:
-        """The value of these losses, (N,), and its gradient with respect to each, (..., 1)."""
-        shape = self.counts.shape
-        one = np.ones((*shape, 1))
-        rows = _Rows(loss.reshape(shape), loss_scale.reshape(shape), one, one, one)
-        case = _with(self.case, y_pred=one)
-        return self._reduce(case, rows, self.counts, self.weight, self.mask, len(shape))
-
-    @np.errstate(all="ignore")
-    def block(self, rows: Rows) -> tuple[_Rows, Expected]:
-        """What the rules say of these rows, and the gradient that the value has for them."""
-        case = _with(self.case, y_pred=rows.of(self.case.y_pred))
-        z = _cast_predictions(case)[0]
-        counts = self.counts.reshape(-1)[rows.numbers]
-        y = np.where(counts, self.labels.reshape(-1)[rows.numbers], 0).astype(np.int64)
-        model = _from_logits if case.options["from_logits"] else _from_probabilities
-        found = model(np.where(counts[:, None], z, 0), y, case.loss_dtype)
-        unreduced = replace(
-            case,
-            options=case.options | {"reduction": "none"},
-            upstream=self.upstream[rows.numbers],
-        )
-        right = self._reduce(unreduced, found, counts, None, None, 1)
-        # What flushing the upstream gradient to zero may cost is multiplied by the weight.
-        more = flushed(case.loss_dtype) * (self.factor.reshape(-1)[rows.numbers] - 1)
-        more = np.where(counts, more, 0)[:, None] * found.slope_size
-        return found, replace(right, gradient_scale=right.gradient_scale + more)
-
-    def _reduce(self, case, rows, counts, weight, mask, axis) -> Expected:
-        bad, reduction = np.zeros(counts.shape, bool), case.options["reduction"]
-        return _reduce(case, rows, counts, bad, weight, mask, reduction, axis, case.loss_dtype)
+def _value(case: Case, positions: Positions, parts: list[tuple[np.ndarray, RowBounds]]) -> Expected:
+    """The value of the losses of all blocks."""
+    shape = positions.counts.shape
+    total = reduced(case, positions, np.concatenate([loss for loss, _ in parts]).reshape(shape))
+    scale, size = (
+        np.concatenate([getattr(off, name) for _, off in parts]).reshape(shape)
+        for name in ("loss", "loss_size")
+    )
+    off = RowBounds(scale, size, ZERO, ZERO)
+    scale, size = value_bounds(positions, total, off, flushed(case.loss_dtype))
+    return Expected(
+        value=np.asarray(total.value), dtype=case.loss_dtype, value_scale=scale, value_size=size
+    )
 
 
 def _with(case: Case, **parts: np.ndarray) -> Case:

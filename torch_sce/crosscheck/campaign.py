@@ -19,19 +19,12 @@ from typing import Any, Self
 
 import torch
 
-from .answers import (
-    FLOAT64,
-    TARGET,
-    Answer,
-    LiveOracle,
-    OracleError,
-    RecordedOracle,
-    our_versions,
-    ours,
-)
+from .answers import FLOAT64, Answer, OracleError, our_versions, ours
 from .cases import Case
 from .compare import MISMATCH, Verdict, differs, judge, reference
 from .draw import draw
+from .live import TARGET, LiveOracle
+from .recorded import RecordedOracle
 from .tally import Ranges, Tally, gaps
 
 BLOCK = 200  # cases: an interrupted run loses what it has of one

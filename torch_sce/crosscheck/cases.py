@@ -5,7 +5,8 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from .bits import Bits
 
+SCRIPT = ("python", "scripts/cross_check.py")
 LOSSES = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 
 
@@ -112,6 +114,11 @@ class Case:
         rest = (self.name, self.form, sorted(self.options.items()), self.as_lists)
         digest.update(repr(rest).encode())
         return digest.hexdigest()[:16]
+
+
+def command(seed: int, index: int, arguments: Sequence[str] = ()) -> str:
+    """The command that shows this case."""
+    return shlex.join([*SCRIPT, "--seed", str(seed), "--case", str(index), *arguments])
 
 
 def pick_weights(

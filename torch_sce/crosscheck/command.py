@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import batch, report
-from .answers import FLOAT64, LIVE, RECORDED, TARGET, OracleError, record
+from . import batch, page, report
+from .answers import FLOAT64, OracleError
 from .campaign import (
     Block,
     Compared,
@@ -27,10 +27,14 @@ from .campaign import (
 )
 from .compare import MISMATCH
 from .draw import draw
+from .live import LIVE, TARGET
+from .recorded import RECORDED, RecordedOracle, record
+from .results import Results, Setting, resume, save
 from .tally import Ranges, Tally
 
 CASES = 4000
 SEED = 0
+PROGRAM = "python -m torch_sce.crosscheck"
 SAVE_EVERY = 30.0  # seconds
 AGREEMENT, DISAGREEMENT, USAGE, NO_ORACLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -58,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        prog=PROGRAM,
         description="Compares torch_sce with the real tf.keras on random cases: value, gradient, "
         "shape, dtype and errors.",
         epilog="`batch FILE.npz` instead of options looks at a batch of your own: `batch --help`. "
@@ -123,12 +128,12 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     """What argparse cannot check by itself; ends the program with exit code 2."""
     check_device(parser, options.device)
     for path in (options.json, options.record):
-        report.check_file(parser, path)
-    report.check_html(parser, options.html)
+        page.check_file(parser, path)
+    page.check_html(parser, options.html)
     if options.case is not None and options.filter:
         parser.error("--case is one case, --filter chooses among many: pass one of them")
-    if options.case is not None and (options.resume or options.seeds > 1):
-        parser.error("--case is one case, --resume and --seeds are for many: pass one of them")
+    if options.case is not None and (options.resume or options.seeds > 1 or options.workers > 1):
+        parser.error("--case is one case; --resume, --seeds and --workers are for many")
     if options.resume and options.json is None:
         parser.error("--resume goes on with a file: name it by --json")
     everything = options.oracle == TARGET and not options.filter and options.case is None
@@ -138,6 +143,12 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--record takes the cases of one seed in order: leave out --workers, --seeds")
     if options.record is not None and options.resume:
         parser.error("--record takes all answers of one run: leave out --resume")
+
+
+def _require_recorded(options: argparse.Namespace) -> None:
+    """Raises OracleError now if the last case would."""
+    last = options.cases - 1 if options.case is None else options.case
+    RecordedOracle().require_recorded(_seeds(options)[-1], last)
 
 
 def _check_filters(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -171,10 +182,12 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: 
     if options.oracle != FLOAT64:
         console.print(f"Starting {options.oracle} ...", highlight=False)
     with interruptible() as stopped:
-        alone = options.workers == 1 or options.case is not None
+        alone = options.workers == 1
         comparing = Here(plan, stopped, kept) if alone else Workers(plan, options.workers, stopped)
         with comparing:
             results = _start(parser, options, comparing.versions)
+            if options.oracle == "recorded":
+                _require_recorded(options)
             _print_start(console, options, results.setting)
             _compare(options, console, comparing, results, began)
     if _count(results.tally.finished) < _asked(options):
@@ -206,9 +219,9 @@ def _start(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
     versions: dict[str, dict[str, str]],
-) -> report.Results:
+) -> Results:
     """The results of no case yet, or those of the run that goes on."""
-    setting = report.Setting(
+    setting = Setting(
         options.oracle, options.filter, _device_name(options.device),
         versions["target"] | versions["ours"], source(),
     )  # fmt: skip
@@ -221,16 +234,16 @@ def _start(
         choice = [*seeds, "--cases", str(options.cases), *filters]
     else:
         choice = ["--case", str(options.case)]
-    results = report.Results(Tally(), _seeds(options), setting, arguments, choice)
+    results = Results(Tally(), _seeds(options), setting, arguments, choice)
     if options.resume and options.json.exists():
         try:
-            report.resume(results, options.json, options.cases)
+            resume(results, options.json, options.cases)
         except ValueError as error:
             parser.error(f"--resume: {error}; delete the file, or name another")
     return results
 
 
-def _print_start(console: Console, options: argparse.Namespace, setting: report.Setting) -> None:
+def _print_start(console: Console, options: argparse.Namespace, setting: Setting) -> None:
     listed = ", ".join(f"{name} {number}" for name, number in setting.versions.items())
     seeds = _seeds(options)
     last = "" if len(seeds) == 1 else f" to {seeds[-1]}"
@@ -246,7 +259,7 @@ def _compare(
     options: argparse.Namespace,
     console: Console,
     comparing: Here | Workers,
-    results: report.Results,
+    results: Results,
     began: float,
 ) -> None:
     """Adds what comes of the cases to the results, and writes them now and then, and at the end."""
@@ -261,14 +274,14 @@ def _compare(
             now = time.perf_counter()
             results.seconds = earlier + now - began
             if options.json and now - saved > SAVE_EVERY:
-                report.save(results, options.json)
+                save(results, options.json)
                 saved = now
     finally:
         if options.json and tally.finished:
-            report.save(results, options.json)
+            save(results, options.json)
 
 
-def _interrupted(options: argparse.Namespace, console: Console, results: report.Results) -> int:
+def _interrupted(options: argparse.Namespace, console: Console, results: Results) -> int:
     done = _count(results.tally.finished)
     if done:
         report.print_conclusion(console, results)
@@ -308,7 +321,3 @@ def _progress(
                 some = f", {mismatches} mismatch{'es' * (mismatches > 1)}" if mismatches else ""
                 console.print(f"{done} of {total} compared{some}", highlight=False)
                 said = done
-
-
-if __name__ == "__main__":
-    sys.exit(main())

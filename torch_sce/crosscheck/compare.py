@@ -1,13 +1,15 @@
 """Two answers, and whether they are the same as far as rounding can tell."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .answers import Answer
-from .cases import Case
-from .differences import DIFFERENCES
-from .reference import LARGEST, LEAST, UNIT, Expected, Refused, expected, overflowed
+from .bounds import LEAST, UNIT, Expected, expected
+from .cases import Case, command
+from .differences import DIFFERENCES, Disagreement
+from .reference import LARGEST, Refused, overflowed
 from .reference_metrics import expected_metric
 
 AGREES, DELIBERATE, MISMATCH = "agrees", "deliberate", "mismatch"
@@ -22,6 +24,19 @@ class Verdict:
     outcome: str  # AGREES, MISMATCH or DELIBERATE
     reason: str = ""  # what differs, the name of a deliberate difference, "raises" if both do
     ulps: dict[str, float] = field(default_factory=dict)  # "ours, value", ...
+
+    def __str__(self) -> str:
+        """Which case, what came of it, and the command that shows it, if it was drawn."""
+        case, mismatch = self.case, self.outcome == MISMATCH
+        said = self.reason if mismatch else f"{self.outcome} {self.reason}".strip()
+        if not case.features:
+            return f"{case.form} {case.name}({case.options}): {said}"
+        return f"case {case.index}: {said}; {command(case.seed, case.index)}"
+
+
+def mismatches(verdicts: Iterable[Verdict]) -> list[str]:
+    """Those cases, for an assertion that there are none."""
+    return [str(verdict) for verdict in verdicts if verdict.outcome == MISMATCH]
 
 
 def judge(case: Case, keras: Answer | None, ours: Answer, poisons: bool = False) -> Verdict:
@@ -49,8 +64,9 @@ def judge_against(
     if keras is None or difference is None:
         raises = "raises" if ours.error else ""
         return Verdict(case, AGREES, raises, _errors(case, keras, ours, right))
+    found = Disagreement(case, keras, ours, refused)
     for each in DIFFERENCES:
-        if each.applies(case, keras, ours, refused):
+        if each.applies(found):
             return Verdict(case, DELIBERATE, each.name)
     if poisons and keras.error and right is not None:
         return Verdict(case, DELIBERATE, "bad labels on a device")

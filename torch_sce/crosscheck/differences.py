@@ -10,55 +10,61 @@ from dataclasses import dataclass
 import numpy as np
 
 from .answers import Answer
+from .bounds import UNIT
 from .cases import Batch, Case, to_bfloat16
-from .reference import UNIT, matched
+from .reference import HALVES, matched
 
-HALVES = ("float16", "bfloat16")
-Condition = Callable[[Case, Answer, Answer, str], bool]
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A case to which tf.keras and we have different answers."""
+
+    case: Case
+    keras: Answer
+    ours: Answer
+    refused: str  # the rule for which we refuse the case, or ""
+
+
+Condition = Callable[[Disagreement], bool]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`condition(case, Keras's answer, ours, rule for which we refuse the case or "")`.
-
-    `raises` says whether Keras raises in such a case.
-    """
-
     name: str
     where: str
     keras: str
     here: str
-    raises: bool | None  # None: it may or may not
+    raises: bool | None  # whether tf.keras does; None: it may or may not
     condition: Condition
 
-    def applies(self, case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-        as_raised = self.raises in (None, keras.error is not None)
-        return as_raised and self.condition(case, keras, ours, refused)
+    def applies(self, found: Disagreement) -> bool:
+        as_raised = self.raises in (None, found.keras.error is not None)
+        return as_raised and self.condition(found)
 
 
-def _weights_are_refused(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    return refused == "shape of a weight"
+def _of_case(holds: Callable[[Case], bool]) -> Condition:
+    return lambda found: holds(found.case)
 
 
-def _weight_meets_the_wrong_axis(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    return refused == "weight along the wrong axis"
+def _refused_for(rule: str) -> Condition:
+    return lambda found: found.refused == rule
 
 
-def _only_the_shape_differs(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    if not case.is_loss or case.options.get("reduction", "none") not in ("none", None):
+def _only_the_shape_differs(found: Disagreement) -> bool:
+    if not found.case.is_loss or found.case.options.get("reduction", "none") not in ("none", None):
         return False
-    theirs, mine = keras.value, ours.value
+    theirs, mine = found.keras.value, found.ours.value
     if theirs is None or mine is None or theirs.size != mine.size or theirs.shape == mine.shape:
         return False
     return np.allclose(theirs.ravel(), mine.ravel(), rtol=2e-2, atol=1e-5, equal_nan=True)
 
 
-def _one_position(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    shapes = [None if each.value is None else each.value.shape for each in (keras, ours)]
-    return _only_the_shape_differs(case, keras, ours, refused) and shapes == [(), (1,)]
+def _one_position(found: Disagreement) -> bool:
+    shapes = [x.value is not None and x.value.shape for x in (found.keras, found.ours)]
+    return _only_the_shape_differs(found) and shapes == [(), (1,)]
 
 
-def _labels_are_rounded(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _labels_are_rounded(case: Case) -> bool:
     return (case.is_sparse or case.name == "Accuracy") and any(
         _rounds(batch.y_true, case.loss_dtype if case.is_loss else batch.y_pred_dtype)
         for batch in case.steps
@@ -74,19 +80,20 @@ def _rounds(y_true: np.ndarray, dtype: str) -> bool:
     return bool((cast != labels)[np.isfinite(labels)].any())
 
 
-def _in_half_precision(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _in_half_precision(case: Case) -> bool:
     return case.form != "function" and case.loss_dtype in HALVES
 
 
-def _function_of_halves(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _function_of_halves(case: Case) -> bool:
     return case.form == "function" and case.is_loss and case.y_pred_dtype in HALVES
 
 
-def _something_is_masked(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    if not any(_hides(case, batch) for batch in case.steps if batch is not None):
+def _something_is_masked(found: Disagreement) -> bool:
+    if not any(_hides(found.case, batch) for batch in found.case.steps if batch is not None):
         return False
-    parts = (keras.value, keras.gradient, keras.target_gradient)
-    return bool(keras.error) or any(part is not None and np.isnan(part).any() for part in parts)
+    parts = (found.keras.value, found.keras.gradient, found.keras.target_gradient)
+    has_nan = any(part is not None and np.isnan(part).any() for part in parts)
+    return has_nan or found.keras.error is not None
 
 
 def _hides(case: Case, batch: Batch) -> bool:
@@ -99,7 +106,7 @@ def _hides(case: Case, batch: Batch) -> bool:
     return bool((batch.y_true == ignored).any())
 
 
-def _mask_meets_others(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _mask_meets_others(case: Case) -> bool:
     """Of a metric, the samples that are not ignored are a mask, if there is another factor."""
     ignores = case.options.get("ignore_class") is not None
     return any(
@@ -110,32 +117,32 @@ def _mask_meets_others(case: Case, keras: Answer, ours: Answer, refused: str) ->
     )
 
 
-def _is_empty(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _is_empty(case: Case) -> bool:
     reduces = case.options.get("reduction", "none") not in ("none", None)
     return case.is_loss and case.y_pred.size == 0 and reduces
 
 
-def _other_axis(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _other_axis(case: Case) -> bool:
     return case.is_loss and case.options["axis"] not in (-1, case.y_pred.ndim - 1)
 
 
-def _labels_lead_with_one(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    ignores = case.options.get("ignore_class") is not None
-    return refused == "shape of y_true" and ignores and case.y_true.shape[:1] == (1,)
+def _labels_lead_with_one(found: Disagreement) -> bool:
+    ignores = found.case.options.get("ignore_class") is not None
+    return found.refused == "shape of y_true" and ignores and found.case.y_true.shape[:1] == (1,)
 
 
-def _two_trailing_ones(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _two_trailing_ones(case: Case) -> bool:
     function = case.is_loss and case.is_sparse and case.form == "function"
     return function and case.y_true.ndim > case.y_pred.ndim
 
 
-def _there_is_one_class(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _there_is_one_class(case: Case) -> bool:
     one = case.y_pred.shape[-1:] == (1,) or case.y_pred.ndim == 1 < case.y_true.ndim
     return case.is_loss and case.is_sparse and one
 
 
-def _targets_are_no_distribution(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    if case.is_sparse or not case.is_loss or not case.options["from_logits"] or keras.error:
+def _targets_are_no_distribution(case: Case) -> bool:
+    if case.is_sparse or not case.is_loss or not case.options["from_logits"]:
         return False
     targets = matched(case.y_true, case.y_pred).astype(np.float64)
     with np.errstate(all="ignore"):
@@ -143,23 +150,25 @@ def _targets_are_no_distribution(case: Case, keras: Answer, ours: Answer, refuse
     return not np.allclose(total, 1, rtol=0, atol=4 * UNIT[case.loss_dtype])
 
 
-def _smooths_along_another_axis(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _smooths_along_another_axis(case: Case) -> bool:
     smooths = bool(case.options.get("label_smoothing"))
-    return smooths and _other_axis(case, keras, ours, refused)
+    return smooths and _other_axis(case)
 
 
-def _shapes_only_broadcast(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
-    longer = any(b is not None and b.y_true.ndim > b.y_pred.ndim for b in case.steps)
-    return not case.is_loss and (refused == "shape of y_true" or (case.is_sparse and longer))
+def _shapes_only_broadcast(found: Disagreement) -> bool:
+    longer = any(b is not None and b.y_true.ndim > b.y_pred.ndim for b in found.case.steps)
+    return not found.case.is_loss and (
+        found.refused == "shape of y_true" or (found.case.is_sparse and longer)
+    )
 
 
-def _axes_of_1_follow(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _axes_of_1_follow(case: Case) -> bool:
     given = [x for b in case.steps if b is not None for x in (b.sample_weight, b.mask)]
     long = any(x is not None and np.shape(x)[-2:] == (1, 1) for x in given)
     return not case.is_loss and long
 
 
-def _top_k_of_other_dtypes(case: Case, keras: Answer, ours: Answer, refused: str) -> bool:
+def _top_k_of_other_dtypes(case: Case) -> bool:
     scores = not case.options.get("from_sorted_ids")
     return "TopK" in case.name and scores and case.y_pred_dtype != "float32"
 
@@ -171,7 +180,7 @@ DIFFERENCES = (
         "raises",
         "accepted as arrays, as Keras's own documentation examples do",
         True,
-        lambda case, keras, ours, refused: case.as_lists,
+        _of_case(lambda case: case.as_lists),
     ),
     Difference(
         "auto",
@@ -179,7 +188,7 @@ DIFFERENCES = (
         "raises (Keras 2: the default)",
         'the same as `"sum_over_batch_size"`, which it meant',
         True,
-        lambda case, keras, ours, refused: case.options.get("reduction") == "auto",
+        _of_case(lambda case: case.options.get("reduction") == "auto"),
     ),
     Difference(
         "axis",
@@ -187,7 +196,7 @@ DIFFERENCES = (
         "raises",
         "any axis works: PyTorch data is often channels-first",
         True,
-        _other_axis,
+        _of_case(_other_axis),
     ),
     Difference(
         "rounded labels",
@@ -195,7 +204,7 @@ DIFFERENCES = (
         "rounded: under float16, 2049 becomes 2048; under float32, 1.999999999 becomes 2",
         "never rounded; labels stay integers, `ignore_class` is compared exactly",
         None,
-        _labels_are_rounded,
+        _of_case(_labels_are_rounded),
     ),
     Difference(
         "half-precision arithmetic",
@@ -203,7 +212,7 @@ DIFFERENCES = (
         "in that dtype: they overflow to inf",
         "computed in float32, the result is cast",
         False,
-        _in_half_precision,
+        _of_case(_in_half_precision),
     ),
     Difference(
         "half-precision function",
@@ -211,7 +220,7 @@ DIFFERENCES = (
         "computed and returned in that dtype",
         "computed and returned in float32",
         False,
-        _function_of_halves,
+        _of_case(_function_of_halves),
     ),
     Difference(
         "larger than the losses",
@@ -219,7 +228,7 @@ DIFFERENCES = (
         "outer product",
         "`ValueError`: a weight must broadcast to the losses' shape",
         False,
-        _weights_are_refused,
+        _refused_for("shape of a weight"),
     ),
     Difference(
         "wrong axis",
@@ -227,7 +236,7 @@ DIFFERENCES = (
         "silently weights the time axis (with B != T it raises)",
         "`ValueError` naming `sample_weight[:, None]`",
         False,
-        _weight_meets_the_wrong_axis,
+        _refused_for("weight along the wrong axis"),
     ),
     Difference(
         "one position",
@@ -260,7 +269,7 @@ DIFFERENCES = (
         "`(B, T)`, or enlarges the result, or weights the wrong axis",
         "each is matched to the losses' shape; a sample counts if both say so",
         None,
-        _mask_meets_others,
+        _of_case(_mask_meets_others),
     ),
     Difference(
         "leading 1",
@@ -276,7 +285,7 @@ DIFFERENCES = (
         "accepted by the class; refused or left in the result's shape by the function",
         "accepted by both",
         None,
-        _two_trailing_ones,
+        _of_case(_two_trailing_ones),
     ),
     Difference(
         "one class",
@@ -284,7 +293,7 @@ DIFFERENCES = (
         "raises, or drops an axis of the result; takes `(B,)` for one class, loss 0",
         "as with more classes; `ValueError`",
         None,
-        _there_is_one_class,
+        _of_case(_there_is_one_class),
     ),
     Difference(
         "no samples",
@@ -292,7 +301,7 @@ DIFFERENCES = (
         "shape `(0,)`",
         "a scalar 0.0: a reduced loss is always a scalar",
         False,
-        _is_empty,
+        _of_case(_is_empty),
     ),
     Difference(
         "targets that are no distribution",
@@ -300,7 +309,7 @@ DIFFERENCES = (
         "gradient softmax - y, as if they did",
         "the derivative of the loss: Σy · softmax - y",
         False,
-        _targets_are_no_distribution,
+        _of_case(_targets_are_no_distribution),
     ),
     Difference(
         "smoothing along the axis",
@@ -308,7 +317,7 @@ DIFFERENCES = (
         "divides by the size of the last axis (3.15; 3.16 by the number of classes)",
         "divides by the number of classes",
         False,
-        _smooths_along_another_axis,
+        _of_case(_smooths_along_another_axis),
     ),
     Difference(
         "smoothing out of range",
@@ -316,7 +325,7 @@ DIFFERENCES = (
         "accepted: targets become negative, or all equal",
         "`ValueError`, `TypeError`",
         False,
-        lambda case, keras, ours, refused: refused == "label_smoothing",
+        _refused_for("label_smoothing"),
     ),
     Difference(
         "no classes",
@@ -324,7 +333,7 @@ DIFFERENCES = (
         "0",
         "`ValueError`, as for integer labels",
         False,
-        lambda case, keras, ours, refused: refused == "classes" and not case.is_sparse,
+        lambda found: found.refused == "classes" and not found.case.is_sparse,
     ),
     Difference(
         "shapes of metrics",
@@ -341,7 +350,7 @@ DIFFERENCES = (
         "raises, but takes a mask and a weight of which only one has them",
         "they are dropped, as one is",
         True,
-        _axes_of_1_follow,
+        _of_case(_axes_of_1_follow),
     ),
     Difference(
         "top-k of other dtypes",
@@ -349,7 +358,7 @@ DIFFERENCES = (
         "raises",
         "computed in their dtype",
         True,
-        _top_k_of_other_dtypes,
+        _of_case(_top_k_of_other_dtypes),
     ),
     Difference(
         "k below 1",
@@ -357,6 +366,6 @@ DIFFERENCES = (
         "accepted: nothing is right",
         "`ValueError`",
         None,
-        lambda case, keras, ours, refused: refused == "k",
+        _refused_for("k"),
     ),
 )

@@ -1,18 +1,16 @@
-"""The answer in float64, with bounds on what rounding may do to it.
+"""The rules of tf.keras's crossentropies in float64, for all positions at once.
 
-`expected` restates the rules for one case in NumPy, independently of the loss under test: what a
-right answer is where Keras and we differ on purpose, and whose error is smaller where we agree.
+`right` is the answer to one case: a value and its gradients. It is written from Keras's
+documentation and its measured behaviour, to be read beside them, and shares no code with the loss
+under test. It says what is right where Keras and we differ on purpose, and whose error is smaller
+where we agree. How far rounding may carry another answer from it, `bounds` says.
 
-The bounds follow from the operations, in units of u, half the spacing of the dtype at 1. A sum of
-n terms loses at most n * u of the sum of their magnitudes, and hardly more than GROWTH * sqrt(n)
-times u (Higham and Mary, 2019, "A new approach to probabilistic rounding error analysis": for
-independent roundings the chance of more is below 2 exp(-GROWTH^2 / 2)). Every other operation
-loses a u of its result, or two; exp multiplies what its argument has lost by the argument.
-`SLACK` counts the operations on the longest way from input to result.
+    read      labels, targets, weights and masks in the losses' shape, or what must raise
+    losses    the loss of each row, and its gradient
+    reduced   the value made of the losses, and its gradient with respect to each
 
-A result below the dtype's least normal number may become 0: TensorFlow flushes such to zero, where
-others keep some of their digits. What is lost then, up to `LEAST`, is multiplied by what follows:
-`flushed` is that in units of u.
+(...) is the losses' shape, one entry for each position; C is the number of classes; z are logits,
+q probabilities, y labels, t targets.
 """
 
 from dataclasses import dataclass
@@ -21,143 +19,164 @@ import numpy as np
 
 from .cases import Case, one_hot, to_bfloat16
 
-GROWTH = 6
-SLACK = 8
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+EPSILON = 1e-7  # keras.config.epsilon()
+HALVES = ("float16", "bfloat16")
+FLOATS = (*HALVES, "float32", "float64")
 LARGEST = {"float16": 65520, "bfloat16": 3.39615e38, "float32": 3.4028235677973366e38}
-LEAST = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
+UNREDUCED = (None, "none")
+MEANS = ("mean", "auto", "sum_over_batch_size")
+REDUCTIONS = (*UNREDUCED, *MEANS, "sum", "mean_with_sample_weight")
 
 
 class Refused(ValueError):
     """The case is one that must raise; the text names the rule it breaks."""
 
 
-@dataclass(frozen=True)
-class Expected:
-    """A float64 answer. The scales are in units of u: multiply by `UNIT[dtype]` for a bound.
-
-    `value_size` and `gradient_size` are the magnitudes an error is compared with to be counted in
-    ulps: the terms a result is made of, before they cancel.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Right:
+    """A value and its gradients in the layouts of y_pred and y_true, and the dtypes they have."""
 
     value: np.ndarray
-    value_scale: np.ndarray
-    value_size: np.ndarray
     dtype: str
     gradient: np.ndarray | None = None
-    gradient_scale: np.ndarray | None = None
-    gradient_size: np.ndarray | None = None
     gradient_dtype: str = ""
     target_gradient: np.ndarray | None = None
-    target_gradient_scale: np.ndarray | None = None
     target_gradient_dtype: str = ""
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Per sample (..., ) and per entry (..., C): what the two row models have in common."""
+class Positions:
+    """Which positions count, and what their losses are multiplied by."""
+
+    counts: np.ndarray  # (...)
+    bad: np.ndarray  # (...), their labels are outside [0, C)
+    weight: np.ndarray | None  # broadcasts to (...)
+    mask: np.ndarray | None  # as the weight; where a label is ignored it is 0
+
+
+@dataclass(frozen=True)
+class Given:
+    """A case as the rules read it."""
+
+    rows: np.ndarray  # (..., C), in the loss's precision
+    labels: np.ndarray  # (...) classes, or (..., C) targets
+    axis: int  # of the classes in y_pred, not negative
+    positions: Positions
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of each row, (...), and its gradients, (..., C)."""
 
     loss: np.ndarray
-    loss_scale: np.ndarray
-    slope: np.ndarray
-    slope_scale: np.ndarray
-    slope_size: np.ndarray
-    clipped: np.ndarray | bool = False  # entries that get no gradient, whatever comes
-    loss_size: np.ndarray | None = None  # what an error is compared with; None: |loss|, or 1
-    target_slope: np.ndarray | None = None
-    target_scale: np.ndarray | None = None
-    after: np.ndarray | float = 1.0  # what a product with g may be multiplied by on its way back
+    gradient: np.ndarray
+    clipped: np.ndarray | bool = False  # entries that get no gradient, even if the upstream is NaN
+    target_gradient: np.ndarray | None = None
 
 
-def expected(case: Case, poisons: bool = False) -> Expected:
+@dataclass(frozen=True)
+class Reduced:
+    """The value, what it is made of, and its gradient with respect to each loss."""
+
+    value: np.ndarray
+    loss: np.ndarray  # (...), 0 where nothing counts
+    factor: np.ndarray  # (...), weight and mask
+    divisor: float | None  # None: the losses are not reduced
+    gradient: np.ndarray  # (...), times the upstream gradient
+
+
+def right(case: Case, poisons: bool = False) -> Right:
     """The right answer. `poisons`: a bad label gives NaN, as on devices whose values are not read.
 
     Raises:
         Refused: where an error is the right answer.
     """
     with np.errstate(all="ignore"):
-        return _expected(case, poisons)
+        given = read(case, poisons)
+        rows = losses(case, given)
+        return answer(case, given, rows, reduced(case, given.positions, rows.loss))
 
 
-def _expected(case: Case, poisons: bool) -> Expected:
-    options = case.options
-    reduction = options.get("reduction", "none")
-    if reduction not in (None, "none", "sum", "mean", "auto", "sum_over_batch_size",
-                         "mean_with_sample_weight"):  # fmt: skip
+def read(case: Case, poisons: bool = False) -> Given:
+    """The case in the shapes of the rules.
+
+    Raises:
+        Refused: where an error is the right answer.
+    """
+    if case.options.get("reduction", "none") not in REDUCTIONS:
         raise Refused("reduction")
-    q, dtype = _cast_predictions(case)
-    y_true = case.y_true
+    if case.loss_dtype not in FLOATS:
+        raise Refused("y_pred's dtype")
+    y_true, q = case.y_true, cast(case.y_pred, case.loss_dtype)
     if case.as_lists:  # which do not say what is behind an axis of size 0
         y_true, q = np.asarray(y_true.tolist()), np.asarray(q.tolist())
     if not case.is_sparse:
-        return _expected_of_targets(case, y_true, q, reduction, dtype)
-    if not -q.ndim <= options["axis"] < q.ndim:
-        raise Refused("axis")
-    axis = options["axis"] % q.ndim
-    classes = q.shape[axis]
-    if classes == 0:
-        raise Refused("classes")
-    labels = _squeeze_labels(y_true, q, axis)
-    rows = _rows_of(q, axis)
-    shape = labels.shape
-    weight = _broadcastable(case.sample_weight, shape)
-    mask = _broadcastable(case.mask, shape)
-
-    counts, mask = counted(labels, options["ignore_class"], mask)
-    whole = np.trunc(labels.astype(float))
-    known = (whole >= 0) & (whole < classes)
-    if not known[counts].all() and not poisons:
-        raise Refused("labels")
-    y = np.where(known & counts, np.where(known, labels, 0), 0).astype(np.int64)
-
-    model = _from_logits if options["from_logits"] else _from_probabilities
-    safe = np.where(counts[..., None], rows, 0)
-    result = model(safe, y, case.loss_dtype)
-    bad = counts & ~known
-    return _reduce(case, result, counts, bad, weight, mask, reduction, axis, dtype)
+        return _read_targets(case, y_true, q)
+    axis = _class_axis(case, q.shape)
+    y, positions = read_labels(case, y_true, q.shape, poisons)
+    return Given(shown(_rows_of(q, axis), positions), y, axis, positions)
 
 
-def counted(
-    labels: np.ndarray, ignore_class, mask: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which samples count, and the mask that says so; None if there is none."""
+def cast(q: np.ndarray, dtype: str) -> np.ndarray:
+    """Predictions in the precision the loss sees them in."""
+    if dtype in HALVES:  # by way of float32, as PyTorch casts
+        q = q.astype(np.float32)
+    return (to_bfloat16(q) if dtype == "bfloat16" else q.astype(dtype)).astype(np.float64)
+
+
+def read_labels(
+    case: Case, y_true: np.ndarray, shape: tuple[int, ...], poisons: bool = False
+) -> tuple[np.ndarray, Positions]:
+    """The class of each position, (...), for predictions of this shape."""
+    axis = _class_axis(case, shape)
+    labels = _squeezed(y_true, shape, axis)
+    weight = _broadcastable(case.sample_weight, labels.shape)
+    mask = _broadcastable(case.mask, labels.shape)
     counts = np.ones(labels.shape, bool)
-    if ignore_class is not None:
+    ignored = case.options["ignore_class"]
+    if ignored is not None:
         # NumPy would round the class to the labels' dtype.
         exact = labels.astype(np.float64) if labels.dtype.kind == "f" else labels
-        counts &= exact != ignore_class
+        counts &= exact != ignored
         mask = counts * (1.0 if mask is None else mask)
     if mask is not None:
         counts &= np.broadcast_to(mask != 0, labels.shape)
-    return counts, mask
+    whole = np.trunc(labels.astype(float))
+    known = (whole >= 0) & (whole < shape[axis])
+    if not known[counts].all() and not poisons:
+        raise Refused("labels")
+    y = np.where(known & counts, labels, 0).astype(np.int64)
+    return y, Positions(counts, counts & ~known, weight, mask)
 
 
-def _expected_of_targets(case: Case, y_true, q, reduction, dtype: str) -> Expected:
-    options = case.options
-    precise = case.loss_dtype if case.loss_dtype == "float64" else "float32"
-    t = y_true.astype(precise).astype(np.float64)
+def _read_targets(case: Case, t: np.ndarray, q: np.ndarray) -> Given:
+    t = t.astype(row_dtype(case)).astype(np.float64)
     if case.form == "class" and abs(t.ndim - q.ndim) == 1:
         t, q = matched(t, q), matched(q, t)
-    if not -q.ndim <= options["axis"] < q.ndim:
-        raise Refused("axis")
-    axis = options["axis"] % q.ndim
-    if q.shape[axis] == 0:
-        raise Refused("classes")
+    axis = _class_axis(case, q.shape)
     if t.shape != q.shape:
         raise Refused("shape of y_true")
-    smoothing = options["label_smoothing"] or 0
+    smoothing = case.options["label_smoothing"] or 0
     if not 0 <= smoothing <= 1:
         raise Refused("label_smoothing")
     rows, targets = _rows_of(q, axis), _rows_of(t, axis)
-    targets = targets * (1 - smoothing) + smoothing / q.shape[axis]
     shape = rows.shape[:-1]
     weight, mask = _broadcastable(case.sample_weight, shape), _broadcastable(case.mask, shape)
     counts = np.ones(shape, bool) if mask is None else np.broadcast_to(mask != 0, shape)
-    model = _targets_from_logits if options["from_logits"] else _targets_from_probabilities
-    safe = (np.where(counts[..., None], rows, 1), np.where(counts[..., None], targets, 0))
-    result = model(*safe, 1 - smoothing, case.loss_dtype)
-    bad = np.zeros(shape, bool)
-    return _reduce(case, result, counts, bad, weight, mask, reduction, axis, dtype)
+    positions = Positions(counts, np.zeros(shape, bool), weight, mask)
+    targets = np.where(counts[..., None], targets, 0)
+    return Given(shown(rows, positions), targets, axis, positions, smoothing)
+
+
+def shown(rows: np.ndarray, positions: Positions) -> np.ndarray:
+    """The rows, with other numbers where nothing counts and theirs may be anything."""
+    return np.where(positions.counts[..., None], rows, 1)
+
+
+def row_dtype(case: Case) -> str:
+    """The dtype rows are computed in."""
+    return "float64" if case.loss_dtype == "float64" else "float32"
 
 
 def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -167,17 +186,13 @@ def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[..., None] if b.ndim > a.ndim == 1 and b.shape[-1] == 1 else a
 
 
-def _cast_predictions(case: Case) -> tuple[np.ndarray, str]:
-    """Predictions in the precision the loss sees them in, and the dtype of the result."""
-    q, dtype = case.y_pred.astype(np.float64), case.loss_dtype
-    if dtype not in UNIT:
-        raise Refused("y_pred's dtype")
-    if dtype in ("float16", "bfloat16"):  # by way of float32, as PyTorch casts
-        q = q.astype(np.float32)
-    q = (to_bfloat16(q) if dtype == "bfloat16" else q.astype(dtype)).astype(np.float64)
-    if case.form == "function" and dtype in ("float16", "bfloat16"):
-        dtype = "float32"
-    return q, dtype
+def _class_axis(case: Case, shape: tuple[int, ...]) -> int:
+    axis = case.options["axis"]
+    if not -len(shape) <= axis < len(shape):
+        raise Refused("axis")
+    if shape[axis] == 0:
+        raise Refused("classes")
+    return axis % len(shape)
 
 
 def _rows_of(array: np.ndarray, axis: int) -> np.ndarray:
@@ -185,15 +200,15 @@ def _rows_of(array: np.ndarray, axis: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(array, axis, -1))
 
 
-def _squeeze_labels(y_true: np.ndarray, q: np.ndarray, axis: int) -> np.ndarray:
-    if q.ndim > 1 and y_true.ndim == q.ndim + 1 and y_true.shape[-1] == 1:
+def _squeezed(y_true: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    if len(shape) > 1 and y_true.ndim == len(shape) + 1 and y_true.shape[-1] == 1:
         y_true = y_true[..., 0]
-    if y_true.ndim == q.ndim:
+    if y_true.ndim == len(shape):
         for candidate in (axis, -1):
             if y_true.shape[candidate] == 1:
                 y_true = y_true.squeeze(candidate)
                 break
-    if y_true.shape != q.shape[:axis] + q.shape[axis + 1 :]:
+    if y_true.shape != shape[:axis] + shape[axis + 1 :]:
         raise Refused("shape of y_true")
     return y_true
 
@@ -219,180 +234,160 @@ def _broadcastable(value, shape: tuple[int, ...]) -> np.ndarray | None:
     return value
 
 
-def _from_logits(z: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
-    m = z.max(-1, keepdims=True)
-    distance = np.where(np.isnan(z - m), np.nan, m - z)
-    e = np.exp(-distance)
-    s = e.sum(-1, keepdims=True)
-    share = e / s
-    label = one_hot(y, z.shape[-1])
-    gap = np.take_along_axis(distance, y[..., None], -1)
-    loss = (np.log(s) + gap)[..., 0]
-    reach = np.where(e == 0, 0, distance)
-    sums = growth(z.shape[-1]) + SLACK
-    weighted = 2 * (share * reach).sum(-1, keepdims=True)
-    loss_scale = (sums + weighted + 2 * np.log(s) + 2 * gap)[..., 0]
-    slope_scale = share * (2 * reach + weighted + sums)
-    slope_scale = slope_scale + flushed(dtype)  # the exp and the share
-    return _Rows(loss, loss_scale, share - label, slope_scale + SLACK * label, share + label)
+def losses(case: Case, given: Given) -> Losses:
+    """The loss of each row by its rule: for labels or targets, from logits or probabilities."""
+    rows, labels, dtype = given.rows, given.labels, case.loss_dtype
+    if case.is_sparse and case.options["from_logits"]:
+        return from_logits(rows, labels)
+    if case.is_sparse:
+        return from_probabilities(rows, labels, dtype)
+    if case.options["from_logits"]:
+        return targets_from_logits(rows, labels, given.smoothing)
+    return targets_from_probabilities(rows, labels, given.smoothing, dtype)
 
 
-def _from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str) -> _Rows:
-    low, high = (_rounded(bound, dtype) for bound in (1e-7, 1 - 1e-7))
-    c = np.minimum(np.maximum(q, low), high)  # both let NaN through
-    inside = (low <= q) & (q <= high)
+def from_logits(z: np.ndarray, y: np.ndarray) -> Losses:
+    """For integer labels, of logits:
+
+    loss = log(sum_j exp z_j) - z_y
+    d loss / d z_j = softmax(z)_j - [j = y]
+    """
+    distance, e, s = exponentials(z)
+    return Losses(at_label(np.log(s) + distance, y), e / s - one_hot(y, z.shape[-1]))
+
+
+def from_probabilities(q: np.ndarray, y: np.ndarray, dtype: str = "float32") -> Losses:
+    """For integer labels, of probabilities, which need not sum to 1:
+
+    c = clip(q, epsilon, 1 - epsilon)
+    loss = log(sum_j c_j) - log c_y
+    d loss / d q_j = 1 / sum_k c_k - [j = y] / c_j, and 0 where q_j is clipped
+    """
+    c, inside = clipped(q, dtype)
     s = c.sum(-1, keepdims=True)
-    label = one_hot(y, q.shape[-1])
-    at_label = np.take_along_axis(c, y[..., None], -1)
-    loss = (np.log(s) - np.log(at_label))[..., 0]
-    # Keras takes logarithms first: their rounding is relative to them, not to their differences.
-    depth = np.abs(np.log(c))
-    sums = growth(q.shape[-1]) + SLACK
-    weighted = 2 * (c / s * depth).sum(-1, keepdims=True)
-    deepest = depth.max(-1, keepdims=True)
-    logs = np.abs(np.log(s)) - np.log(at_label)
-    loss_scale = (sums + weighted + 2 * deepest + 2 * logs)[..., 0]
-    slope = np.where(inside, 1 / s - label / c, 0)
-    size = np.where(inside, 1 / s + label / c, 0)
-    slope = np.where(np.isnan(s) & inside, np.nan, slope)
-    scale = np.where(inside, (2 * depth + 2 * deepest + weighted + sums) / s + SLACK * label / c, 0)
-    return _Rows(loss, loss_scale, slope, scale, size, size == 0, after=np.where(inside, 1 / c, 0))
+    loss = np.log(s)[..., 0] - np.log(at_label(c, y))
+    slope = np.where(inside, 1 / s - one_hot(y, q.shape[-1]) / c, 0)
+    return Losses(loss, slope, ~inside)
 
 
-def _targets_from_logits(z, t, keep: float, dtype: str) -> _Rows:
-    m = z.max(-1, keepdims=True)
-    distance = np.where(np.isnan(z - m), np.nan, m - z)
-    e = np.exp(-distance)
-    s = e.sum(-1, keepdims=True)
-    share = e / s
-    total = t.sum(-1, keepdims=True)
-    size = np.abs(t).sum(-1, keepdims=True)
-    logarithms = np.log(s) + distance
-    sums = growth(z.shape[-1]) + SLACK
-    reach = np.where(e == 0, 0, distance)
-    weighted = 2 * (share * reach).sum(-1, keepdims=True)
-    log_scale = sums + weighted + 2 * np.log(s) + 2 * distance
-    loss = (t * logarithms).sum(-1)
-    loss_scale = (np.abs(t) * (log_scale + sums * logarithms)).sum(-1)
-    slope_scale = share * size * (2 * reach + weighted + 2 * np.log(s) + 2 * sums)
-    slope_scale = slope_scale + size * flushed(dtype) + SLACK * np.abs(t)
-    slope_size = share * size + np.abs(t)
-    loss_size = np.maximum((np.abs(t) * logarithms).sum(-1), 1)
-    return _Rows(loss, loss_scale, total * share - t, slope_scale, slope_size, False,
-                 loss_size, keep * logarithms, keep * log_scale)  # fmt: skip
+def targets_from_logits(z: np.ndarray, t: np.ndarray, smoothing: float = 0.0) -> Losses:
+    """For targets, of logits:
+
+    t' = t (1 - smoothing) + smoothing / C
+    loss = -sum_j t'_j log softmax(z)_j
+    d loss / d z_j = softmax(z)_j sum_k t'_k - t'_j
+    """
+    t = smoothed(t, smoothing)
+    distance, e, s = exponentials(z)
+    nats = np.log(s) + distance  # -log softmax(z)
+    slope = t.sum(-1, keepdims=True) * (e / s) - t
+    return Losses((t * nats).sum(-1), slope, target_gradient=(1 - smoothing) * nats)
 
 
-def _targets_from_probabilities(q, t, keep: float, dtype: str) -> _Rows:
-    low, high = (_rounded(bound, dtype) for bound in (1e-7, 1 - 1e-7))
+def targets_from_probabilities(
+    q: np.ndarray, t: np.ndarray, smoothing: float = 0.0, dtype: str = "float32"
+) -> Losses:
+    """For targets, of probabilities, which are divided by their sum:
+
+    n = q / sum_j q_j, c = clip(n, epsilon, 1 - epsilon)
+    loss = -sum_j t'_j log c_j
+    d loss / d n_j = -w_j = -t'_j / c_j, and 0 where n_j is clipped
+    d loss / d q_j = (sum_k w_k n_k - w_j) / sum_k q_k
+    """
+    t = smoothed(t, smoothing)
     s = q.sum(-1, keepdims=True)
     n = q / s
-    c = np.minimum(np.maximum(n, low), high)
-    inside = (low <= n) & (n <= high)
-    # How many u the sum, and so n, may be off, relative to itself. One term alone is exact.
-    terms = (q != 0).sum(-1, keepdims=True)
-    off = np.where(terms > 1, growth(q.shape[-1]) * np.abs(q).sum(-1, keepdims=True) / np.abs(s), 0)
-    off = off + 2 * (terms > 1)
-    depth = np.abs(np.log(c))
-    log_scale = np.where(c == n, off, 0) + 2 * depth + SLACK
-    loss = -(t * np.log(c)).sum(-1)
-    sums = growth(q.shape[-1]) + SLACK
-    loss_scale = (np.abs(t) * (log_scale + sums * depth)).sum(-1)
+    c, inside = clipped(n, dtype)
     w = np.where(inside, t / c, 0)
     slope = ((w * n).sum(-1, keepdims=True) - w) / s
-    size = (np.abs(w * n).sum(-1, keepdims=True) + np.abs(w)) / np.abs(s)
-    scale = size * (2 * off + sums)
-    unit = min(UNIT[dtype], UNIT["float32"])  # halves are computed in float32
-    # Where rounding decides whether an entry is clipped, the gradient may be one or the other.
-    near = sum(np.abs(n - bound) <= 2 * off * unit * bound for bound in (low, high)) > 0
-    lost = off * unit > 0.01  # nothing is left of a sum that cancels
-    unsure = (near & (t != 0)).any(-1, keepdims=True) | lost
-    loss_scale = np.where(lost[..., 0], np.inf, loss_scale)
-    target_scale = np.where(lost, np.inf, keep * log_scale)
-    worse = np.maximum(off / sums, 1)
-    loss_size = worse[..., 0] * np.maximum((np.abs(t) * depth).sum(-1), 1)
-    clipped = ((n < low) | (n > high)).all(-1, keepdims=True)
-    after = np.where(inside, 1 / c, 0)
-    after = (after + (after * np.abs(n) + 1).sum(-1, keepdims=True)) / np.abs(s)
-    return _Rows(loss, loss_scale, slope, np.where(unsure, np.inf, scale),
-                 np.where(unsure, np.inf, worse * size), clipped, loss_size,
-                 -keep * np.log(c), target_scale, after)  # fmt: skip
+    low, high = clip_bounds(dtype)
+    all_clipped = ((n < low) | (n > high)).all(-1, keepdims=True)  # a NaN is not
+    nats = -np.log(c)
+    return Losses((t * nats).sum(-1), slope, all_clipped, (1 - smoothing) * nats)
 
 
-def _rounded(value: float, dtype: str) -> float:
-    if dtype == "bfloat16":
-        return float(to_bfloat16(np.array(value, np.float32)))
-    return float(np.dtype(dtype).type(value))
+def exponentials(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """m - z, exp(z - m) and its sum over the classes, for the maximum m of each row."""
+    distance = z.max(-1, keepdims=True) - z
+    e = np.exp(-distance)
+    return distance, e, e.sum(-1, keepdims=True)
 
 
-def _reduce(case, rows, counts, bad, weight, mask, reduction, axis, dtype) -> Expected:
-    shape = counts.shape
-    loss_size = np.maximum(np.abs(rows.loss), 1) if rows.loss_size is None else rows.loss_size
-    wide = "float64" if dtype == "float64" else "float32"  # an overflow is part of the answer
-    loss = overflowed(np.where(counts, np.where(bad, np.nan, rows.loss), 0), wide)
-    factor = _factor(weight, mask, reduction)
-    each = np.broadcast_to(factor, shape) if np.ndim(factor) else np.full(shape, factor)
-    n = max(loss.size, 1)
-    lost = flushed(case.loss_dtype)
-    if reduction in (None, "none"):
-        divisor, upstream = 1.0, case.upstream[: loss.size].reshape(shape).astype(np.float64)
-        value = loss * each
-        scale_of_value = rows.loss_scale * np.abs(each) + SLACK * np.abs(value) + lost
-        size = np.maximum(loss_size * np.abs(each), lost)
+def clipped(q: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The entries clipped, and which are within the bounds and keep their gradient."""
+    low, high = clip_bounds(dtype)
+    return np.minimum(np.maximum(q, low), high), (low <= q) & (q <= high)  # NaN stays NaN
+
+
+def clip_bounds(dtype: str) -> tuple[float, float]:
+    """Epsilon and 1 - epsilon, rounded to the dtype."""
+    bounds = np.array([EPSILON, 1 - EPSILON])
+    low, high = to_bfloat16(bounds) if dtype == "bfloat16" else bounds.astype(dtype)
+    return float(low), float(high)
+
+
+def smoothed(t: np.ndarray, smoothing: float) -> np.ndarray:
+    return t * (1 - smoothing) + smoothing / t.shape[-1]
+
+
+def at_label(rows: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(...), the entry of each row at its label."""
+    return np.take_along_axis(rows, y[..., None], -1)[..., 0]
+
+
+def reduced(case: Case, positions: Positions, loss: np.ndarray) -> Reduced:
+    """The value made of the losses (...), and its gradient with respect to each.
+
+    value = sum(loss * weight) / divisor
+    """
+    reduction, wide = case.options.get("reduction", "none"), row_dtype(case)
+    loss = np.where(positions.counts, np.where(positions.bad, np.nan, loss), 0)
+    loss = overflowed(loss, wide)  # which is part of the answer
+    weights = _weights(positions, reduction)
+    factor = np.broadcast_to(weights, loss.shape)
+    if reduction in UNREDUCED:
+        divisor, value = None, loss * factor
+        g = case.upstream[: loss.size].reshape(loss.shape).astype(np.float64) * factor
     else:
-        divisor = _divisor(loss, weight, mask, factor, reduction)
-        upstream = case.upstream[:1].item()
-        total = overflowed((loss * each).sum(), wide)
-        value = _divide(total, divisor)
+        divisor = _divisor(loss, positions, weights, reduction)
+        total = overflowed((loss * factor).sum(), wide)
+        value = divide(total, divisor)
         if divisor == 0 and reduction != "mean_with_sample_weight":
             value = total * 0  # Keras multiplies by the mask's weight, 0: a NaN stays one
-        weighed = counts & (each != 0)  # the scale of another may be infinite
-        terms = np.abs(each) * (rows.loss_scale + (growth(n) + SLACK) * np.abs(loss)) + lost
-        scale_of_value = _divide(np.abs(np.where(weighed, terms, 0)).sum(), abs(divisor))
-        terms = np.where(weighed, np.maximum(loss_size * np.abs(each), lost), 0)
-        size = _divide(terms.sum(), abs(divisor))
-    g = _divide(upstream * each, divisor)
+        g = divide(case.upstream[:1].item() * factor, divisor)
     if wide == "float32":
         # float32 has no such number; and times an infinite slope 0 is NaN.
         g = np.where(np.abs(g) < 2.0**-150, 0, g)
-    g = np.where(bad, np.nan, g)[..., None]
-    on = counts[..., None]
-    gradient = np.where(on, g * rows.slope, 0)
-    gradient = np.where(rows.clipped, 0, gradient)  # even if g is NaN
-    # Upstream over the divisor, that times the weight, and their products with what is the row's.
-    lost_of_g = lost * (np.abs(each) + 1)[..., None]
-    lost_of_product = lost * (1 + rows.after)
-    row_size = np.maximum(np.abs(g) * rows.slope_size, lost_of_product).max(-1, keepdims=True)
-    scale = np.abs(g) * (SLACK * rows.slope_size + rows.slope_scale)
-    scale = scale + lost_of_g * rows.slope_size + lost_of_product
-    # Infinite even if g is NaN; and where the row overflows, inf - inf may come on the way.
-    unsure = np.isinf(rows.slope_scale) | (row_size >= LARGEST.get(wide, np.inf))
-    scale = np.where(unsure, np.inf, scale)
-
-    def in_place(array: np.ndarray, like: np.ndarray) -> np.ndarray:
-        """Zero where a sample does not count, in the layout of what was given."""
-        array = np.where(on, np.broadcast_to(array, rows.slope.shape), 0)
-        return np.moveaxis(array, -1, axis).reshape(like.shape)
-
-    parts = {
-        "gradient": in_place(gradient, case.y_pred),
-        "gradient_scale": in_place(scale, case.y_pred),
-        "gradient_size": in_place(row_size, case.y_pred),
-        "gradient_dtype": case.y_pred_dtype,
-    }
-    if rows.target_slope is not None and rows.target_scale is not None:
-        slope = np.abs(rows.target_slope)
-        scale = np.abs(g) * (rows.target_scale + SLACK * slope) + lost_of_g * slope + lost
-        parts |= {
-            "target_gradient": in_place(g * rows.target_slope, case.y_true),
-            "target_gradient_scale": in_place(scale, case.y_true),
-            "target_gradient_dtype": case.y_true.dtype.name,
-        }
-    return Expected(np.asarray(value), np.asarray(scale_of_value), np.asarray(size), dtype, **parts)
+    return Reduced(value, loss, factor, divisor, np.where(positions.bad, np.nan, g))
 
 
-def flushed(dtype: str) -> float:
-    """What flushing two results to zero may cost, in units of u."""
-    return 2 * LEAST[dtype] / min(UNIT[dtype], UNIT["float32"])
+def _weights(positions: Positions, reduction) -> np.ndarray:
+    """Weights times mask, in the shape they have together. Means take a mask as yes or no."""
+    weight, mask = positions.weight, positions.mask
+    if mask is not None and reduction in MEANS:
+        mask = (mask != 0).astype(float)
+    given = [part for part in (weight, mask) if part is not None]
+    product = np.prod(np.broadcast_arrays(*given), axis=0) if given else np.ones(())
+    return product if mask is None else np.where(mask != 0, product, 0)  # even of a NaN
+
+
+def _divisor(loss: np.ndarray, positions: Positions, weights: np.ndarray, reduction) -> float:
+    """What the sum is divided by: a number of positions, or their weights."""
+    mask = positions.mask
+    given = [part.ndim for part in (positions.weight, mask) if part is not None]
+    if reduction == "sum" or (loss.ndim == 0 and (mask is None or "weight" in reduction)):
+        return 1.0
+    if reduction == "mean_with_sample_weight" and given:
+        unreduced = loss.shape == (1,) and 0 in given
+        return 1.0 if unreduced else float(np.sum(weights))
+    if mask is None:
+        return float(loss.size)
+    return float(mask.sum()) * loss.size / max(mask.size, 1)
+
+
+def divide(a, b: float):
+    """a / b, and 0 where b is 0."""
+    return a / b if b != 0 else np.zeros_like(a)
 
 
 def overflowed(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -401,30 +396,25 @@ def overflowed(array: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(too_large, np.copysign(np.inf, array), array)
 
 
-def growth(terms: int) -> float:
-    """How many u a sum of positive terms may lose, relative to itself."""
-    return min(terms, GROWTH * np.sqrt(terms))
+def answer(case: Case, given: Given, rows: Losses, total: Reduced) -> Right:
+    """The value and, by the chain rule, its gradients in the layout of what was given."""
+    g = total.gradient[..., None]
+    gradient = np.where(rows.clipped, 0, g * rows.gradient)
+    halved = case.form == "function" and case.loss_dtype in HALVES
+    found = {
+        "value": np.asarray(total.value),
+        "dtype": "float32" if halved else case.loss_dtype,
+        "gradient": in_layout(gradient, given, case.y_pred),
+        "gradient_dtype": case.y_pred_dtype,
+    }
+    if rows.target_gradient is not None:
+        found["target_gradient"] = in_layout(g * rows.target_gradient, given, case.y_true)
+        found["target_gradient_dtype"] = case.y_true.dtype.name
+    return Right(**found)
 
 
-def _factor(weight, mask, reduction):
-    if mask is not None and reduction in ("mean", "auto", "sum_over_batch_size"):
-        mask = (mask != 0).astype(float)
-    given = [part for part in (weight, mask) if part is not None]
-    factor = np.prod(np.broadcast_arrays(*given), axis=0) if given else 1.0
-    return factor if mask is None else np.where(mask != 0, factor, 0)  # even of a NaN
-
-
-def _divisor(loss, weight, mask, factor, reduction) -> float:
-    given = [part.ndim for part in (weight, mask) if part is not None]
-    if reduction == "sum" or (loss.ndim == 0 and (mask is None or "weight" in reduction)):
-        return 1.0
-    if reduction == "mean_with_sample_weight" and given:
-        unreduced = loss.shape == (1,) and 0 in given
-        return 1.0 if unreduced else float(np.sum(factor))
-    if mask is None:
-        return float(loss.size)
-    return float(mask.sum()) * loss.size / max(mask.size, 1)
-
-
-def _divide(a, b):
-    return a / b if b != 0 else np.zeros_like(a)
+def in_layout(array: np.ndarray, given: Given, like: np.ndarray) -> np.ndarray:
+    """(..., C) or (..., 1) in the layout of `like`, 0 where nothing counts."""
+    array = np.broadcast_to(array, given.rows.shape)
+    array = np.where(given.positions.counts[..., None], array, 0)
+    return np.moveaxis(array, -1, given.axis).reshape(like.shape)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from .bounds import SLACK, Expected, expected, growth
 from .cases import LOSSES, Batch, Case
-from .reference import SLACK, Expected, Refused, expected, growth
+from .reference import Refused
 
 
 def expected_metric(case: Case, poisons: bool = False) -> Expected:
@@ -20,7 +21,7 @@ def expected_metric(case: Case, poisons: bool = False) -> Expected:
         if case.form == "function":
             values, _, _ = _values(case, case.batch, None, poisons)
             exact = np.zeros(values.shape)
-            return Expected(values, exact, exact, "float32")
+            return Expected(value=values, dtype="float32", value_scale=exact, value_size=exact)
         return _results(case, poisons)
 
 
@@ -43,7 +44,8 @@ def _results(case: Case, poisons: bool) -> Expected:
             doubt = scale + lost * (size + abs(result) * weight_size)
             rows.append((result, doubt / abs(count)))
     values, scales = np.array(rows, dtype=np.float64).T
-    return Expected(values, scales, np.abs(values), case.options["dtype"] or "float32")
+    dtype = case.options["dtype"] or "float32"
+    return Expected(value=values, dtype=dtype, value_scale=scales, value_size=np.abs(values))
 
 
 def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, float, float]:

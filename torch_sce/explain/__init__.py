@@ -1,9 +1,9 @@
 """What the loss did with one batch, step by step, and what looks wrong in it.
 
-    from a sample to its loss:     p = the probability of its label,  loss = -log p
+    from a position to its loss:     p = the probability of its label,  loss = -log p
     from losses to the result:     numerator = sum of factor * loss
                                    result = numerator / denominator
-    from a sample to the result:   contribution = factor * loss / denominator
+    from a position to the result:   contribution = factor * loss / denominator
 
 So the contributions add up to the result. The factor is made of the weight and the mask;
 `reduction` has the rules for it and for the denominator, `checks` those for what looks wrong.
@@ -38,7 +38,7 @@ def explain(
     sample_weight: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> Explanation:
-    """What `loss` does with a batch, sample by sample, and what looks wrong in it.
+    """What `loss` does with a batch, position by position, and what looks wrong in it.
 
     For people, not for training or `torch.compile`: everything is moved to the host, and the
     values are read. It works where the loss itself raises, too, and says why.
@@ -60,14 +60,14 @@ def explain(
     >>> print(explain(loss, [2, 1], [[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]]))
     SparseCategoricalCrossentropy(from_logits=True) gives 0.9133192
       y_pred (2, 4) float64: taken for logits; a softmax over axis 1 makes them probabilities
-      y_true (2,) int64: 2 samples, 2 of them count
+      y_true (2,) int64: 2 positions, 2 of them count
     <BLANKLINE>
-    sample  label  p(label)  rank   -log p  contribution
-         0      2   0.21135     2   1.5542       0.77711
-         1      1   0.76153     1  0.27242       0.13621
+    position  label  p(label)  rank   -log p  contribution
+           0      2   0.21135     2   1.5542       0.77711
+           1      1   0.76153     1  0.27242       0.13621
     <BLANKLINE>
     numerator    1.826638       the sum of the losses
-    denominator  2              the number of samples
+    denominator  2              the number of positions
     value        0.9133192      numerator / denominator, reduction "sum_over_batch_size"
     <BLANKLINE>
     Nothing looks wrong.
@@ -118,7 +118,7 @@ def _explained(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Explanation:
 
 
 def _contributions(values: Tensor, denominator: float | None, reduction: str | None) -> Tensor:
-    """What each sample adds to the value; `reduce` has the rules for a division by 0."""
+    """What each position adds to the value; `reduce` has the rules for a division by 0."""
     if denominator == 0:
         return torch.zeros_like(values) if reduction not in MEANS else values * 0
     return values / (denominator or 1.0)
@@ -145,15 +145,15 @@ def _divided_by_0(denominator: str) -> Finding:
         "a denominator of 0",
         f"{denominator} is 0, and a division by 0 gives 0: there is no gradient.",
         'Look where it comes from; reduction="sum_over_batch_size" divides by the number of '
-        "samples.",
+        "positions.",
     )
 
 
 def _not_finite(lost: Tensor) -> Finding:
-    where = f", the first is sample {in_words(lost.nonzero()[0].tolist())}" if lost.any() else ""
+    where = f", the first at position {in_words(lost.nonzero()[0].tolist())}" if lost.any() else ""
     return Finding(
         "a value that is not finite",
-        f"{int(lost.sum())} of {lost.numel()} samples are NaN or infinite{where}.",
+        f"{int(lost.sum())} of {lost.numel()} positions are NaN or infinite{where}.",
         "An infinite loss times a target or a weight of 0 is NaN.",
     )
 
@@ -167,22 +167,22 @@ def _steps_in_words(
     names = [] if weight is None else ["weight"]
     names += [] if counts_entries else ["mask"]
     added = " * ".join([*names, "loss"]) if names else "the losses"
-    added += " over the samples that count" if mask is not None and counts_entries else ""
+    added += " over the positions that count" if mask is not None and counts_entries else ""
     if reduction == "sum":
         return added, "a sum is not divided"
     by_weights = reduction == "mean_with_sample_weight" and not (weight is None and mask is None)
     if reduction in ("none", None) or (by_weights and is_scalar(losses, weight, mask)):
-        return added, "a single sample is not divided"
+        return added, "a single position is not divided"
     if reduction == "mean_with_sample_weight" and weight is not None:
         given = max(weight.numel(), 0 if mask is None else mask.numel())
         early = ", as they were given: before they broadcast" if given < losses.numel() else ""
         return added, f"the sum of the weights{'' if mask is None else ' that count'}{early}"
     if mask is None:
-        return added, "the number of samples" if losses.numel() else "there are no samples"
+        return added, "the number of positions" if losses.numel() else "there are no positions"
     if not whole:
         return added, "the sum of the mask"
     aside = "" if weight is None else ", not the sum of their weights"
-    return added, f"the number of samples that count{aside}"
+    return added, f"the number of positions that count{aside}"
 
 
 def _in_words(batch: Batch) -> Iterator[str]:
@@ -198,8 +198,8 @@ def _in_words(batch: Batch) -> Iterator[str]:
     total, n = batch.counted.numel(), len(batch.rows)
     reasons = f" ({batch.left_out_by})" if batch.left_out_by else ""
     fits = batch.all_labels is not None or batch.targets is not None
-    samples = "1 sample" if total == 1 else f"{total} samples"
-    counts = f"{samples}, {n} of them count{reasons}" if fits else "does not fit y_pred"
+    positions = "1 position" if total == 1 else f"{total} positions"
+    counts = f"{positions}, {n} of them count{reasons}" if fits else "does not fit y_pred"
     yield f"y_true {_kind(batch.y_true)}: {counts}"
     for name, value in zip(("sample_weight", "mask"), batch.arguments[2:], strict=True):
         if value is not None:

@@ -47,7 +47,7 @@ class Batch:
     y_true: Tensor
     y_pred: Tensor
     axis: int
-    counted: Tensor  # which samples count, in the losses' shape
+    counted: Tensor  # which positions count, in the losses' shape
     rows: Tensor  # (N, C), the predictions
     all_labels: Tensor | None  # in the losses' shape; None if theirs does not fit
     targets: Tensor | None  # (N, C), None if there are none or their shape does not fit
@@ -75,12 +75,12 @@ class Batch:
         return 1e-3 if len(self.rows) > 1 or self.classes > 3 else 1e-5
 
     def position(self, flags: Tensor) -> str:
-        """Where the first of these samples is."""
+        """Where the first of these positions is."""
         return in_words(self.counted.nonzero()[flags.nonzero()[0, 0]].tolist())
 
     @property
     def left_out_by(self) -> str:
-        """What may leave samples out, in words."""
+        """What may leave positions out, in words."""
         ignored = getattr(self.loss, "ignore_class", None)
         causes = [] if ignored is None else [f"ignore_class={ignored}"]
         return " and ".join(causes if self.arguments[3] is None else [*causes, "the mask"])
@@ -98,7 +98,7 @@ class Batch:
         return self.loss._with(**options)
 
     def among_rows(self, **options: Any) -> Loss:
-        """A loss for `rows`, in which every sample counts."""
+        """A loss for `rows`, in which every position counts."""
         if isinstance(self.loss, SparseCategoricalCrossentropy):
             options["ignore_class"] = None
         return self.another(axis=-1, **options)
@@ -149,5 +149,5 @@ def _if_it_fits(name: str, value: Any, y_pred: Tensor, shape: torch.Size) -> Ten
 
 
 def in_words(place: Sequence[int]) -> str:
-    """An index into the samples: a number, or several in parentheses."""
+    """An index into the positions: a number, or several in parentheses."""
     return str(place[0]) if len(place) == 1 else str(tuple(map(int, place)))

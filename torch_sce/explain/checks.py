@@ -35,7 +35,7 @@ def _nothing_counts(batch: Batch) -> Iterator[Finding]:
     if total == 0:
         yield Finding(
             "an empty batch",
-            f"y_pred has the shape {tuple(batch.y_pred.shape)}: there are no samples.",
+            f"y_pred has the shape {tuple(batch.y_pred.shape)}: there are no positions.",
             "A reduced loss is 0 then, and teaches nothing.",
             is_wrong=False,
         )
@@ -43,8 +43,8 @@ def _nothing_counts(batch: Batch) -> Iterator[Finding]:
         yield Finding(
             "nothing counts",
             f"{batch.left_out_by} leave{'s' * (' and ' not in batch.left_out_by)} out all {total} "
-            "samples, so the loss is 0 and there is no gradient.",
-            "A mask is 1 or True where a sample counts, and ignore_class is a label that does not.",
+            "positions, so the loss is 0 and there is no gradient.",
+            "A mask is 1 or True where a position counts; ignore_class is a label that does not.",
         )
 
 
@@ -56,7 +56,7 @@ def _not_finite(batch: Batch) -> Iterator[Finding]:
         yield Finding(
             "predictions that are not finite",
             f"{nans} NaN and {int(bad.sum()) - nans} infinite predictions in "
-            f"{_share(bad.any(1))} of the samples that count, the first in sample {where}.",
+            f"{_share(bad.any(1))} of the positions that count, the first at position {where}.",
             "Look for their source in the model: a division by zero, the logarithm of 0, an "
             "overflow in half precision, a step that was too large.",
         )
@@ -68,16 +68,18 @@ def _not_finite(batch: Batch) -> Iterator[Finding]:
         if impossible.any():
             yield Finding(
                 "labels that the predictions exclude",
-                f"the logit of the label is -inf in {_share(impossible)} of the samples that "
-                f"count, the first is sample {batch.position(impossible)}: their loss is infinite.",
+                f"the logit of the label is -inf in {_share(impossible)} of the positions that "
+                f"count, the first at position {batch.position(impossible)}: their loss is "
+                "infinite.",
                 "Mask logits with -inf only where the label cannot be.",
             )
     if batch.weight is not None and not batch.weight.isfinite().all():
+        odd = ~batch.weight.isfinite()
         yield Finding(
             "weights that are not finite",
-            f"sample_weight is NaN or infinite for {_share(~batch.weight.isfinite())} of the "
-            f"samples that count, the first is sample {batch.position(~batch.weight.isfinite())}.",
-            "To leave samples out, pass a mask or a weight of 0.",
+            f"sample_weight is NaN or infinite for {_share(odd)} of the positions that count, the "
+            f"first at position {batch.position(odd)}.",
+            "To leave positions out, pass a mask or a weight of 0.",
         )
 
 
@@ -91,7 +93,7 @@ def _logits_as_probabilities(batch: Batch) -> Iterator[Finding]:
     if stuck is not None:
         evidence += (
             f" The gradient is exactly zero for {stuck[0]:.1%} of all predictions, and for the own "
-            f"label of {stuck[1]:.1%} of the samples, which can never learn it."
+            f"label of {stuck[1]:.1%} of the positions, which can never learn it."
         )
     fix = "Pass from_logits=True"
     with suppress(ValueError, TypeError):
@@ -188,7 +190,7 @@ def _saturated(batch: Batch) -> Iterator[Finding]:
         if lost.sum() >= 0.1 * len(rows):
             yield Finding(
                 "a saturated softmax",
-                f"{_share(lost)} of the samples that count give their label a probability below "
+                f"{_share(lost)} of the positions that count give their label a probability below "
                 f"e^-88, which is 0 in float32; the logits run from {_low_high(rows)}.",
                 "Such logits come from inputs or weights that are far too large: look at the "
                 "inputs' scale, the initial weights and the learning rate.",
@@ -199,7 +201,7 @@ def _saturated(batch: Batch) -> Iterator[Finding]:
         if lost.any():
             yield Finding(
                 "a saturated softmax",
-                f"{_share(lost)} of the samples that count give their label a probability below "
+                f"{_share(lost)} of the positions that count give their label a probability below "
                 f"{low:.3g} and another class more than {CONFIDENT}: their loss is capped near "
                 f"{-math.log(low):.1f} and their gradient is exactly zero at the label.",
                 "From logits, with from_logits=True, they would count and learn.",
@@ -242,13 +244,13 @@ def _one_hot(batch: Batch) -> Iterator[Finding]:
     if ((targets == 0) | (targets == 1)).all():
         yield Finding(
             "one-hot labels",
-            f"y_true has y_pred's shape, {tuple(y.shape)}, and a single 1 for each sample.",
+            f"y_true has y_pred's shape, {tuple(y.shape)}, and a single 1 for each position.",
             f"Pass the class numbers, y_true.argmax({batch.axis}), or use CategoricalCrossentropy.",
         )
     else:
         yield Finding(
             "soft labels",
-            f"y_true has y_pred's shape, {tuple(y.shape)}, and sums to 1 for each sample.",
+            f"y_true has y_pred's shape, {tuple(y.shape)}, and sums to 1 for each position.",
             "Use CategoricalCrossentropy, which takes a target for every class.",
         )
 
@@ -276,7 +278,7 @@ def _labels_outside(batch: Batch) -> Iterator[Finding]:
         yield Finding(
             "labels that look like an ignore value",
             evidence,
-            f"If {mark} marks samples to leave out, pass ignore_class={mark}.",
+            f"If {mark} marks positions to leave out, pass ignore_class={mark}.",
         )
     if rest == [str(classes)] and not (inside < 1).any():
         ignored = getattr(batch.loss, "ignore_class", None)
@@ -339,7 +341,7 @@ def _other_axis(batch: Batch) -> Iterator[Finding]:
 
 
 def _losses_along(batch: Batch, axis: int) -> Tensor | None:
-    """The losses of the samples that count, with the classes on that axis."""
+    """The losses of the positions that count, with the classes on that axis."""
     y_true, y_pred, _, mask = batch.arguments
     with suppress(ValueError, TypeError):
         loss = batch.another(axis=axis, reduction="none")
@@ -355,7 +357,7 @@ def _weights(batch: Batch) -> Iterator[Finding]:
     if (weight == 0).all():
         yield Finding(
             "weights that are all 0",
-            f"all {len(weight)} samples that count have the weight 0, so the loss is 0.",
+            f"all {len(weight)} positions that count have the weight 0, so the loss is 0.",
             "Look where the weights come from.",
         )
     if batch.loss.reduction not in MEANS or (weight == 0).all():
@@ -363,15 +365,15 @@ def _weights(batch: Batch) -> Iterator[Finding]:
     if (weight == 0).any():
         yield Finding(
             "weights of 0",
-            f"{_share(weight == 0)} of the samples that count have the weight 0: they add nothing, "
-            "but the mean counts them.",
-            "To leave samples out of both, pass a mask or an ignore_class.",
+            f"{_share(weight == 0)} of the positions that count have the weight 0: they add "
+            "nothing, but the mean counts them.",
+            "To leave positions out of both, pass a mask or an ignore_class.",
             is_wrong=False,
         )
     if (weight < 0).any():
         yield Finding(
             "negative weights",
-            f"{_share(weight < 0)} of the samples that count have a negative weight: training "
+            f"{_share(weight < 0)} of the positions that count have a negative weight: training "
             "makes their loss larger.",
             "That is right for a policy gradient; otherwise look where the weights come from.",
             is_wrong=False,
@@ -385,12 +387,14 @@ def _weights(batch: Batch) -> Iterator[Finding]:
         "divides by their sum."
     )
     if ((weight == 0) | (weight == 1)).all():
-        fix = "If 0 means to leave a sample out, pass them as mask=: what is masked is not counted."
+        fix = (
+            "If 0 means to leave a position out, pass them as mask=: what is masked is not counted."
+        )
     yield Finding(
         "weights whose mean is far from 1",
-        f"the mean weight of the {len(weight)} samples that count is {mean:.4g} (from "
-        f"{_low_high(weight)}). The mean divides by the number of samples, not by the weights, so "
-        "it scales the loss and the gradient as a learning rate does.",
+        f"the mean weight of the {len(weight)} positions that count is {mean:.4g} (from "
+        f"{_low_high(weight)}). The mean divides by the number of positions, not by the weights, "
+        "so it scales the loss and the gradient as a learning rate does.",
         fix,
         is_wrong=not 1 / TOO_FAR <= mean <= TOO_FAR,
     )
@@ -404,7 +408,7 @@ def _mask(batch: Batch) -> Iterator[Finding]:
         yield Finding(
             "a mask that is none",
             f"its values run from {_low_high(mask)}, and what is not 0 counts.",
-            "A mask is 1 or True where a sample counts, and 0 elsewhere: pass mask == 1, or "
+            "A mask is 1 or True where a position counts, and 0 elsewhere: pass mask == 1, or "
             "whatever says so; weights go into sample_weight.",
         )
 
@@ -415,9 +419,9 @@ def _targets(batch: Batch) -> Iterator[Finding]:
         return
     yield Finding(
         "targets that are no distribution",
-        f"the targets of a sample run from {_low_high(targets)} and their sums from "
+        f"the targets of a position run from {_low_high(targets)} and their sums from "
         f"{_low_high(targets.sum(1))}.",
-        "Targets should be at least 0 and sum to 1 for each sample; if y_true and y_pred are "
+        "Targets should be at least 0 and sum to 1 for each position; if y_true and y_pred are "
         "exchanged, labels come first.",
     )
 

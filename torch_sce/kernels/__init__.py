@@ -204,6 +204,8 @@ def _differentiable_gradients(
     g: Tensor, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip
 ) -> Tensor:
     """The gradients as an expression in z."""
+    if counted is not None:
+        g = torch.where(counted, g, 0)
     wide = aten.blanked(z.to(aten.row_dtype(z)), counted)
     summary = aten.summarize(wide, y, clip)
     return aten.row_gradients(g, wide, y, counted, clip, summary).to(z.dtype)

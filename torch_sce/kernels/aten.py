@@ -92,10 +92,13 @@ def row_gradients(
     is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
     g = (g * one_or_nan(y, z.shape[-1]).to(g.dtype)).unsqueeze(-1)
     m, r, p, s = (each.unsqueeze(-1) for each in (*summary, sums(summary, clip)))
+    # -r / s and -r / (s p), each as it keeps its digits, and those of its own derivatives.
     if clip is None:
-        dz = g * torch.where(is_label, -r / s, (z - m).exp() / s)
+        e = (p - m).exp()
+        dz = g * torch.where(is_label, torch.where(r < e, -r / s, e / s - 1), (z - m).exp() / s)
     else:
-        dz = torch.where(is_label, -(g / s) * (r / p), g / s)
+        at_label = torch.where(r < p, -(g / s) * (r / p), g * (1 / s - 1 / p))
+        dz = torch.where(is_label, at_label, g / s)
         dz = torch.where((clip[0] <= z) & (z <= clip[1]), dz, 0)
     return dz if counted is None else torch.where(counted.unsqueeze(-1), dz, 0)
 

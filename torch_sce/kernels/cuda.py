@@ -230,7 +230,8 @@ def _merge(
     if not CLIP:
         each = tl.load(m_parts + at, mask=here, other=float("-inf"))
         m = tl.max(each, AXIS)
-        r *= tl.exp(each - tl.expand_dims(m, AXIS))
+        shift = tl.where(m == float("-inf"), 0.0, m)
+        r *= tl.exp(each - tl.expand_dims(shift, AXIS))
     _finish(z, step, label, counts, classes, low, high, m, tl.sum(r, AXIS), row, inner < size_2,
             loss, m_out, r_out, p_out, CLIP)  # fmt: skip
 
@@ -244,9 +245,10 @@ def _finish(
     is_class = counts & (label >= 0) & (label < classes)
     p = tl.load(z + label * step, mask=is_class, other=0.0).to(tl.float32)
     if CLIP:
-        p = clipped(p, low, high)
+        p = tl.where(is_class, clipped(p, low, high), 0.0)
         value = tl.log(1 + r / p)
     else:
+        p = tl.where(is_class, p, float("-inf"))
         value = tl.log(r + tl.exp(p - m)) + (m - p)
         tl.store(m_out + row, m, mask=inside)
     value = tl.where(is_class, value, tl.where(counts, float("nan"), 0.0))

@@ -1,0 +1,190 @@
+"""What came of a run, in numbers and sentences, and the JSON file that keeps it."""
+
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .answers import FLOAT64
+from .cases import SCRIPT, command
+from .compare import AGREES, DELIBERATE, MISMATCH
+from .differences import DIFFERENCES
+from .tally import PARTS, WHO, Mismatch, Row, Tally
+
+OUTCOMES = {AGREES: "agree", DELIBERATE: "on purpose", MISMATCH: "mismatch"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is made with. One that goes on has the same."""
+
+    oracle: str
+    filters: list[str]
+    device: str
+    versions: dict[str, str]
+    source: str  # a hash of ours
+
+
+KEYS = [each.name for each in fields(Setting)]
+
+
+@dataclass
+class Results:
+    """What came of a run and what it was run with."""
+
+    tally: Tally
+    seeds: range
+    setting: Setting
+    arguments: list[str]  # of the command line: which oracle and device
+    choice: list[str]  # and which cases of the seeds
+    seconds: float = 0.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody was asked."""
+        return self.setting.oracle == FLOAT64
+
+    @property
+    def who(self) -> tuple[str, ...]:
+        """Whose errors are known."""
+        return WHO[:1] if self.alone else WHO
+
+    @property
+    def mismatches(self) -> int:
+        return self.tally.outcomes[MISMATCH]
+
+    def reproduce(self, case: Mismatch) -> str:
+        """The command that shows this case."""
+        return command(case.seed, case.case, self.arguments)
+
+    @property
+    def command(self) -> str:
+        """The command that draws all these cases."""
+        return shlex.join([*SCRIPT, "--seed", str(self.seeds[0]), *self.choice, *self.arguments])
+
+
+class Line(NamedTuple):
+    """A line of the table by feature: the cases that share a value of it."""
+
+    feature: str  # empty if it is that of the line above
+    value: str
+    outcomes: Counter[str]
+    numbers: list[str]  # cases, those of each outcome, and the worst errors
+
+
+def lines(results: Results) -> Iterator[Line]:
+    """Features in the order in which they were drawn, their values by how often."""
+    for feature, rows in results.tally.features.items():
+        ordered = sorted(rows.items(), key=lambda item: (-item[1].cases, item[0]))
+        for index, (value, row) in enumerate(ordered):
+            outcomes = [str(row.outcomes[key] or "") for key in (DELIBERATE, MISMATCH)]
+            worst = [_worst(row, who) for who in results.who]
+            numbers = [str(row.cases), str(row.outcomes[AGREES]), *outcomes, *worst]
+            yield Line("" if index else feature, value, row.outcomes, numbers)
+
+
+def _worst(row: Row, who: str) -> str:
+    found = [row.worst[f"{who}, {part}"] for part in PARTS if f"{who}, {part}" in row.worst]
+    return f"{max(found):.1f}" if found else ""
+
+
+def differences(tally: Tally) -> Iterator[tuple[str, str, str, int]]:
+    """Where, what tf.keras does, what we do, and in how many cases."""
+    for each in DIFFERENCES:
+        yield each.where, each.keras, each.here, tally.reasons[each.name]
+    on_a_device = tally.reasons["bad labels on a device"]
+    if on_a_device:
+        yield "label outside [0, C), on a device", "raises", "NaN in that row", on_a_device
+
+
+def sentence(results: Results) -> str:
+    """How many cases agree, and how."""
+    tally, whom = results.tally, "the float64 rules" if results.alone else "tf.keras"
+    count, agree, raised = tally.cases, tally.outcomes[AGREES], tally.reasons["raises"]
+    on_purpose = "" if results.alone else f"{tally.outcomes[DELIBERATE]} differ on purpose, "
+    return (
+        f"{agree} of {count} cases agree with {whom} "
+        f"({agree - raised} in value and gradient, {raised} in raising an error), {on_purpose}"
+        f"{results.mismatches} mismatch{'es' * (results.mismatches != 1)} "
+        f"({results.seconds:.0f} s)."
+    )
+
+
+def error_lines(results: Results) -> Iterator[str]:
+    """The errors of value and gradient, a sentence each."""
+    for part in PARTS:
+        errors = {who: results.tally.errors(who, part) for who in results.who}
+        if errors["ours"].size:
+            said = "; ".join(
+                f"{'ours' if who == 'ours' else 'tf.keras'} median {np.median(each):.2f}, "
+                f"mean {each.mean():.2f}, largest {each.max():.2f}"
+                for who, each in errors.items()
+            )
+            count = errors["ours"].size
+            yield f"Error of the {part} in ulps against float64, {count} float32 cases: {said}."
+
+
+def to_json(results: Results) -> str:
+    """All of it, for programs, and for a run that goes on: one line for each part."""
+    tally = results.tally
+    mismatches = [vars(m) | {"command": results.reproduce(m)} for m in tally.mismatches]
+    deliberate = {key: n for key, n in tally.reasons.items() if key != "raises"}
+    parts = vars(results.setting) | {
+        "seed": results.seeds[0],
+        "seconds": round(results.seconds, 1),
+        **tally.to_json(),
+        "deliberate": deliberate,
+        "ulps": {
+            f"{who}, {part}": {
+                "cases": int(errors.size),
+                "median": float(np.median(errors)),
+                "mean": float(errors.mean()),
+                "largest": float(errors.max()),
+            }
+            for part in PARTS
+            for who in results.who
+            if (errors := tally.errors(who, part)).size
+        },
+        "mismatches": mismatches,
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in parts.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def save(results: Results, path: Path) -> None:
+    """Writes the file in one step: whoever reads it, or kills us, finds the old or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(to_json(results))
+    os.replace(part, path)
+
+
+def resume(results: Results, path: Path, cases: int) -> None:
+    """Adds what a run of the same setting has left in a file.
+
+    Raises:
+        ValueError: the file is none of ours, of another setting, or has cases beyond the first
+            `cases` of the seeds.
+    """
+    try:
+        stored = json.loads(path.read_text())
+        tally = Tally.from_json(stored)
+        setting, seconds = Setting(**{key: stored[key] for key in KEYS}), stored["seconds"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no results of the cross-check ({error!r})") from error
+    for key in KEYS:
+        there, here = getattr(setting, key), getattr(results.setting, key)
+        if there != here:
+            raise ValueError(f"{path} was made with {key} {there}, not {here}")
+    for seed, ranges in tally.finished.items():
+        if seed not in results.seeds or ranges[-1][1] > cases:
+            raise ValueError(
+                f"{path} has cases of seed {seed} up to {ranges[-1][1] - 1}, not asked for here"
+            )
+    results.tally.merge(tally)
+    results.seconds = seconds

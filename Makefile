@@ -9,7 +9,7 @@ TORCH ?= 2.6.0
 NUMPY ?=
 OTHER := .venv-torch-$(TORCH)
 
-.PHONY: cross-check benchmark test test-torch test-cuda notebooks lint
+.PHONY: cross-check benchmark test test-torch test-cuda notebooks docs lint
 
 # Compares with the real tf.keras. Options go into ARGS: make cross-check ARGS="--cases 10000"
 cross-check: $(READY)
@@ -43,12 +43,17 @@ test-cuda: $(READY)
 	$(BIN)/python -m pytest --device cuda tests/test_kernels.py tests/test_cuda.py tests/test_gpu.py
 	$(BIN)/python scripts/cross_check.py --oracle recorded --device cuda
 
+# The tables of docs/ that are made from the package, and the API reference in build/docs.
+docs: $(READY)
+	$(BIN)/python scripts/build_docs.py
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-$(READY): pyproject.toml constraints.txt
+# The version is in the last of these.
+$(READY): pyproject.toml constraints.txt torch_sce/__init__.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt -e '.[metrics,tensorflow,report,triton]' --group dev

@@ -1,10 +1,8 @@
 """Each row in which we differ from tf.keras on purpose: what Keras does, and what we do."""
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ from torch_sce import (
     sparse_categorical_crossentropy,
     sparse_top_k_categorical_accuracy,
 )
-from torch_sce.crosscheck.differences import DIFFERENCES
 
 Y = np.array([0, 2, 1])
 P = np.array([[0.9, 0.05, 0.05], [0.5, 0.3, 0.2], [0.05, 0.85, 0.1]], np.float32)
@@ -497,11 +494,3 @@ def test_keras_looks_through_a_softmax_and_logits_match_it(facts):
     z = torch.tensor([[50.0, 0.0, -50.0]])
     assert value([2], z, from_logits=True) == found["of logits"]
     assert value([2], z.softmax(-1)) == pytest.approx(found["of probabilities"], rel=1e-6)
-
-
-def test_the_readme_has_every_row():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    rows = {tuple(cell.strip() for cell in line.strip("| \n").split(" | "))
-            for line in readme.splitlines() if re.match(r"\| ", line)}  # fmt: skip
-    for difference in DIFFERENCES:
-        assert (difference.where, difference.keras, difference.here) in rows, difference.name

@@ -1,8 +1,11 @@
 """What a user gets with the package before any loss is computed."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata, resources
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +49,14 @@ except ModuleNotFoundError as missing:
 
 def test_the_version_is_the_installed_one():
     assert torch_sce.__version__ == metadata.version("torch-sce")
+
+
+def test_the_version_has_one_source():
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and "version" in project["project"]["dynamic"]
+    source = (root / project["tool"]["hatch"]["version"]["path"]).read_text()
+    assert re.findall(r'^__version__ = "(.*)"$', source, re.MULTILINE) == [torch_sce.__version__]
 
 
 def test_the_package_is_typed():

@@ -1,73 +1,45 @@
-"""The README: its snippets run and print what they say, its figures are those of a run."""
+"""The README: short, true, and the same number on both sides of its first screen."""
 
-import doctest
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_crosscheck import MUTATIONS
+from documents import SNIPPET, promised, run_snippet
 
-from torch_sce import metrics
-from torch_sce.crosscheck.cases import LOSSES
-from torch_sce.crosscheck.command import CASES, main
+from torch_sce.crosscheck.command import CASES
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = SNIPPET.findall(README)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_prints_what_it_says(snippet, request):
     if "tensorflow" in snippet:
         request.getfixturevalue("tensorflow")
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    promised = re.findall(r"print\(.*\)  # (.*)", snippet)
-    assert promised and done.stdout.splitlines() == promised
+    assert promised(snippet) and run_snippet(snippet) == promised(snippet)
 
 
 def test_both_sides_of_the_first_screen_print_the_same_number():
-    keras, ours = (re.findall(r"print\(.*\)  # (.*)", snippet) for snippet in SNIPPETS[:2])
+    keras, ours = map(promised, SNIPPETS[:2])
     assert "tf.keras" in SNIPPETS[0] and "torch_sce" in SNIPPETS[1] and keras == ours
     assert README.index(SNIPPETS[1]) < 1500
 
 
-def test_what_explain_prints_is_what_it_prints():
-    (snippet,) = [snippet for snippet in SNIPPETS if "explain(" in snippet]
-    names: dict[str, object] = {}
-    exec(snippet, names)
-    assert f"```\n{names['found']}\n```" in README
+def test_its_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert f"{CASES}\nrandom questions" in README
 
 
-ROWS = re.findall(r"^\| [^|]* \| [^|]* \| `([^`|]*)` \| `(.*)` \|$", README, re.MULTILINE)
-
-
-@pytest.mark.parametrize(("line", "printed"), ROWS)
-def test_a_line_of_the_table_of_losses_and_metrics_prints_what_it_says(line, printed):
-    (setting,) = [snippet for snippet in SNIPPETS if "from torch_sce import metrics" in snippet]
-    names: dict[str, object] = {}
-    exec(setting, names)
-    example = doctest.Example(line + "\n", printed + "\n")
-    test = doctest.DocTest([example], names, line, None, None, None)
-    assert doctest.DocTestRunner().run(test).failed == 0
-
-
-def test_the_table_has_every_loss_and_metric():
-    lines = " ".join(line for line, _ in ROWS)
-    for name in metrics.__all__:
-        assert f"metrics.{name}(" in lines
-    for name in LOSSES:
-        assert f"torch_sce.{name}(" in lines
-
-
-def test_its_lines_are_those_of_the_recorded_run(capsys):
-    """Not the figures: they depend on the CPU, which is named beside them."""
-    assert main(["--oracle", "recorded"]) == 0
-    printed = re.sub(r"[\d.]+", "N", capsys.readouterr().out)
-    (block,) = re.findall(r"```\n(Error of the value.*?)\n```", README, re.DOTALL)
-    for line in block.splitlines():
-        assert re.sub(r"[\d.]+", "N", line) in printed
-    assert f" of {CASES} cases agree" in block and " 0 mismatches" in block
-    assert f"{CASES} random questions" in README
-    assert f"{len(MUTATIONS)} deliberate mutations" in re.sub(r"\s+", " ", README)
+def test_its_tree_names_what_is_there():
+    (tree,) = re.findall(r"```\n(torch_sce/ .*?)```", README, re.DOTALL)
+    folder = ROOT
+    for indent, name in re.findall(r"^( *)(\S+)", tree, re.MULTILINE):
+        folder = folder if indent else ROOT / name
+        assert (folder / name if indent else folder).exists(), name

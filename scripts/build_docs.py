@@ -1,0 +1,106 @@
+"""Writes the documentation that is made from the package: `make docs`.
+
+    docs/differences.md   the table of what the cross-check draws
+    docs/explain.md       what `print(explain(...))` prints
+    build/docs            the API reference, from the docstrings by pdoc
+
+The pages have each generated part between two comments, and a test compares it with what is
+written here.
+"""
+
+import importlib
+import re
+import sys
+import warnings
+from inspect import formatannotation
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import torch_sce
+from torch_sce.arrays import ArrayLike
+from torch_sce.crosscheck.differences import DIFFERENCES
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "build" / "docs"
+MODULES = ("torch_sce", "torch_sce.metrics", "torch_sce.reduction", "torch_sce.kernels.contract")
+PUBLIC = ("torch_sce", "torch_sce.metrics")  # their `__all__` are the public names
+
+
+def main() -> int:
+    """Writes everything; the exit code is 1 if a public name is missing from the reference."""
+    for page, part in PARTS.items():
+        page.write_text(with_part(page.read_text(), part()))
+    build_reference(REFERENCE)
+    missing = missing_names(REFERENCE)
+    if missing:
+        print(f"not in {REFERENCE}: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def differences_table() -> str:
+    rows = ["| where | tf.keras 3 | here |", "|---|---|---|"]
+    rows += [f"| {each.where} | {each.keras} | {each.here} |" for each in DIFFERENCES]
+    return "\n".join(rows)
+
+
+def printed_explanation() -> str:
+    """That of the example in docs/explain.md."""
+    logits = torch.tensor([[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]])
+    loss = torch_sce.SparseCategoricalCrossentropy()
+    return f"```\n{torch_sce.explain(loss, torch.tensor([2, 1]), logits)}\n```"
+
+
+PARTS = {
+    ROOT / "docs" / "differences.md": differences_table,
+    ROOT / "docs" / "explain.md": printed_explanation,
+}
+
+
+def with_part(page: str, part: str) -> str:
+    """The page with this as its generated part."""
+    bounds = r"(<!-- made by `make docs` -->\n).*?(\n<!-- end -->)"
+    found, count = re.subn(bounds, lambda m: m[1] + part + m[2], page, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"a page must have one generated part, got {count}")
+    return found
+
+
+def build_reference(folder: Path) -> None:
+    """Any warning of pdoc's is an error."""
+    from pdoc import pdoc, render  # not before: the tables need no pdoc
+
+    render.configure(
+        docformat="google",
+        template_directory=ROOT / "docs" / "api",
+        include_undocumented=False,
+        footer_text=f"torch_sce {torch_sce.__version__}",
+    )
+    with warnings.catch_warnings(), mock.patch("inspect.formatannotation", short_annotation):
+        warnings.simplefilter("error")
+        pdoc(*MODULES, output_directory=folder)
+
+
+def short_annotation(annotation: object, *arguments: Any, **options: Any) -> str:
+    """An annotation as signatures show it, but `ArrayLike`, a union of a dozen types, by name."""
+    text = formatannotation(annotation, *arguments, **options)
+    for union, name in ((ArrayLike | None, "ArrayLike | None"), (ArrayLike, "ArrayLike")):
+        text = text.replace(formatannotation(union), name)
+    return text
+
+
+def missing_names(folder: Path) -> list[str]:
+    """The public names that have no section of their own in the reference."""
+    missing = []
+    for module in PUBLIC:
+        page = (folder / module.replace(".", "/")).with_suffix(".html").read_text()
+        names = importlib.import_module(module).__all__
+        own = [name for name in names if f'<section id="{name}">' in page]
+        missing += [f"{module}.{name}" for name in names if name not in own]
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Where the loss differs from tf.keras on purpose, one row each.
 
 A difference excuses a case only if it applies to it and our answer is the one that `reference`
-derives from our rule; anything else is a mismatch. The README shows these rows.
+derives from our rule; anything else is a mismatch. docs/differences.md shows these rows.
 """
 
 from collections.abc import Callable

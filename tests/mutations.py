@@ -1,0 +1,440 @@
+"""Mistakes that the cross-check must find, each as the wrong function in place of the right one.
+
+A wrong function is given the right one first, then its arguments. It is decorated with the name of
+the mistake, the functions or methods that it replaces, and the features of cases that show it best.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from torch_sce import accuracy, kernels, metrics, samples
+from torch_sce.arrays import HALVES
+from torch_sce.crosscheck.cases import Case
+from torch_sce.kernels import aten, cpu, targets
+from torch_sce.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from torch_sce.options import FLOATS, MEANS
+from torch_sce.reduction import example_means, numerator_and_denominator, reduce, weighted
+
+
+@dataclass
+class Mutation:
+    """What to put in the place of which object; and the features of cases that show it best."""
+
+    changes: list[tuple[Any, Any]]
+    features: Mapping[str, str] = field(default_factory=dict)
+
+    def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replaces each object wherever the package has it."""
+        for right, wrong in self.changes:
+            places = list(_places(right))
+            assert places, f"torch_sce does not have {right}"
+            for holder, name in places:
+                monkeypatch.setattr(holder, name, wrong)
+
+    def is_about(self, case: Case) -> bool:
+        """Whether the case is likely to show the mistake."""
+        return self.features.items() <= case.features.items()
+
+
+MUTATIONS: dict[str, Mutation] = {}
+
+
+def _places(thing: Any) -> Iterator[tuple[Any, str]]:
+    """The modules and classes of the package that have it, and by what name.
+
+    Not those of the cross-check, which must stay right.
+    """
+    for path, module in list(sys.modules.items()):
+        if path.split(".")[0] != "torch_sce" or path.startswith("torch_sce.crosscheck"):
+            continue
+        classes = [x for x in vars(module).values() if getattr(x, "__module__", "") == path]
+        for holder in (module, *(x for x in classes if isinstance(x, type))):
+            yield from ((holder, name) for name, x in list(vars(holder).items()) if x is thing)
+
+
+def mistake(
+    name: str, *rights: Callable[..., Any], features: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], None]:
+    """Registers the decorated function as what stands in the place of `rights`."""
+
+    def register(wrong: Callable[..., Any]) -> None:
+        changes = [(right, _given(right, wrong)) for right in rights]
+        MUTATIONS[name] = Mutation(changes, features or {})
+
+    return register
+
+
+def _given(right: Callable[..., Any], wrong: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(right)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return wrong(right, *args, **kwargs)
+
+    return replacement
+
+
+# Probabilities and their bounds
+
+
+def _bounds(dtype: torch.dtype, epsilon: float) -> tuple[float, ...]:
+    return tuple(torch.tensor([epsilon, 1 - epsilon], dtype=dtype, device="cpu").tolist())
+
+
+LARGER_EPSILON = {dtype: _bounds(dtype, 1e-6) for dtype in FLOATS}
+MUTATIONS["epsilon 1e-6"] = Mutation([(samples.CLIP, LARGER_EPSILON)])
+
+HALVES_AS_FLOAT32 = samples.CLIP | dict.fromkeys(HALVES, samples.CLIP[torch.float32])
+MUTATIONS["halves clipped as float32 is"] = Mutation([(samples.CLIP, HALVES_AS_FLOAT32)])
+
+
+@mistake("probabilities renormalised before the clip", kernels.row_losses)
+def _(right, z, y, counted, clip, in_range):
+    q = z if clip is None else z / z.sum(-1, keepdim=True)
+    return right(q, y, counted, clip, in_range)
+
+
+@mistake("exclusive clip bounds", cpu.backward)
+def _(right, g, z, y, counted, clip, in_range, saved):
+    dz = right(g, z, y, counted, clip, in_range, saved)
+    if clip is None:
+        return dz
+    low, high = clip
+    q = z.double()
+    return dz.masked_fill((q == low) | (q == high), 0)
+
+
+@mistake("gradient without the clip mask", cpu.backward)
+def _(right, g, z, y, counted, clip, in_range, saved):
+    everything = None if clip is None else (-torch.inf, torch.inf)
+    return right(g, z, y, counted, everything, in_range, saved)
+
+
+# Rows with a label
+
+LARGE_SPARSE = {"loss": "SparseCategoricalCrossentropy", "size": "large"}
+
+
+@mistake("no maximum subtracted", cpu._log_softmax, features=LARGE_SPARSE)
+def _(right, block, out):
+    powers = block.exp()
+    return out.copy_((powers / powers.sum(-1, keepdim=True)).log())
+
+
+@mistake("logits without the label's entry", cpu.backward, features=LARGE_SPARSE)
+def _(right, g, z, y, counted, clip, in_range, saved):
+    dz = right(g, z, y, counted, clip, in_range, saved)
+    if clip is not None:
+        return dz
+    label = y.clamp(0, z.shape[-1] - 1).unsqueeze(-1)
+    return dz.scatter_add(-1, label, g.unsqueeze(-1).to(dz.dtype))  # g p_y, not g (p_y - 1)
+
+
+@mistake("probabilities without the label's entry", cpu._scatter)
+def _(right, dz, label, values):
+    pass
+
+
+@mistake("ignored rows with a gradient", cpu.backward)
+def _(right, g, z, y, counted, clip, in_range, saved):
+    return right(g, z, y, None, clip, in_range, saved)
+
+
+@mistake("upstream gradient not on the label", cpu._label_gradients)
+def _(right, g, s, p, clip):
+    low, high = clip
+    return torch.where((low <= p) & (p <= high), g / s - 1 / p, 0)
+
+
+# Reductions
+
+
+@mistake("mean over B, not B * T", reduce)
+def _(right, losses, weight, mask, reduction):
+    value = right(losses, weight, mask, reduction)
+    averaged = reduction in MEANS and losses.ndim > 0 and len(losses) > 0
+    return value * (losses.numel() / len(losses)) if averaged else value
+
+
+@mistake("weights in the denominator of the plain mean", reduce)
+def _(right, losses, weight, mask, reduction):
+    if reduction in MEANS and weight is not None:
+        reduction = "mean_with_sample_weight"
+    return right(losses, weight, mask, reduction)
+
+
+@mistake("masked mean over all", reduce)
+def _(right, losses, weight, mask, reduction):
+    if reduction in MEANS and mask is not None:
+        return weighted(losses, weight, mask, reduction).sum() / max(losses.numel(), 1)
+    return right(losses, weight, mask, reduction)
+
+
+@mistake("ignored samples counted", reduce)
+def _(right, losses, weight, mask, reduction):
+    return right(losses, weight, None, reduction)
+
+
+@mistake("half a mask counted whole", reduce, features={"dtype of mask": "half"})
+def _(right, losses, weight, mask, reduction):
+    if reduction in MEANS and mask is not None:
+        mask = mask.bool()
+    return right(losses, weight, mask, reduction)
+
+
+@mistake("mean_with_sample_weight without the mask", reduce)
+def _(right, losses, weight, mask, reduction):
+    if reduction == "mean_with_sample_weight" and weight is not None and mask is not None:
+        return right(losses * mask.to(losses.dtype), weight, None, reduction)
+    return right(losses, weight, mask, reduction)
+
+
+@mistake(
+    "a scalar weight divided as often as it counts",
+    reduce,
+    features={"reduction": "mean_with_sample_weight", "sample_weight": "scalar"},
+)
+def _(right, losses, weight, mask, reduction):
+    if reduction == "mean_with_sample_weight" and weight is not None:
+        weight = weight.expand(losses.shape)
+    return right(losses, weight, mask, reduction)
+
+
+@mistake("division by zero", reduce)
+def _(right, losses, weight, mask, reduction):
+    if reduction not in (*MEANS, "mean_with_sample_weight"):
+        return right(losses, weight, mask, reduction)
+    total, divisor = numerator_and_denominator(losses, weight, mask, reduction)
+    return total / divisor
+
+
+@mistake("auto is the sum", reduce, features={"reduction": "auto"})
+def _(right, losses, weight, mask, reduction):
+    return right(losses, weight, mask, "sum" if reduction == "auto" else reduction)
+
+
+# Shapes, labels and dtypes
+
+
+@mistake("weights along the wrong axis", samples.align)
+def _(right, name, value, shape):
+    if 0 < value.ndim == len(shape) - 1:
+        value = value.unsqueeze(-1)
+    return right(name, value, shape)
+
+
+@mistake("labels rounded, not truncated", samples.class_numbers)
+def _(right, labels):
+    return right(labels.round() if labels.is_floating_point() else labels)
+
+
+@mistake(
+    "ignore_class compared after truncation", samples.not_ignored, features={"labels": "fractional"}
+)
+def _(right, labels, ignore_class):
+    whole = samples.class_numbers(labels) if labels.is_floating_point() else labels
+    return right(whole, ignore_class)
+
+
+@mistake("trailing 1 not squeezed", samples.labels_for)
+def _(right, y_true, y_pred, axis, *sibling):
+    if y_true.ndim == y_pred.ndim:
+        raise ValueError("y_true must have fewer axes than y_pred")
+    return right(y_true, y_pred, axis, *sibling)
+
+
+@mistake("bad labels not refused", samples.values_can_be_read, features={"labels": "outside"})
+def _(right, *tensors):
+    return False
+
+
+@mistake("float64 kept by default", SparseCategoricalCrossentropy.forward)
+def _(right, self, y_true, y_pred, *rest, **named):
+    is_wide = getattr(y_pred, "dtype", None) == torch.float64
+    computed = self._with(dtype=torch.float64) if is_wide else self
+    return right(computed, y_true, y_pred, *rest, **named)
+
+
+@mistake("the loss in the predictions' half precision", SparseCategoricalCrossentropy.forward)
+def _(right, self, y_true, y_pred, *rest, **named):
+    is_half = getattr(y_pred, "dtype", None) in HALVES
+    computed = self._with(dtype=y_pred.dtype) if is_half else self
+    return right(computed, y_true, y_pred, *rest, **named)
+
+
+@mistake(
+    "sums in half precision",
+    SparseCategoricalCrossentropy._losses,
+    CategoricalCrossentropy._losses,
+)
+def _(right, self, samples):
+    return right(self, samples).to(self.dtype)
+
+
+# Targets
+
+
+@mistake(
+    "targets in the loss's half precision",
+    CategoricalCrossentropy._losses,
+    features={"loss": "CategoricalCrossentropy", "dtype": "bfloat16"},
+)
+def _(right, self, samples):
+    return right(self, samples._replace(y=samples.y.to(self.dtype)))
+
+
+@mistake(
+    "targets smoothed along the last axis",
+    CategoricalCrossentropy._losses,
+    features={"loss": "CategoricalCrossentropy", "axis": "other"},
+)
+def _(right, self, samples):
+    smoothing, y = self.label_smoothing, samples.y.to(aten.row_dtype(samples.z))
+    y = y * (1 - smoothing) + smoothing / y.movedim(-1, samples.axis).shape[-1]
+    return kernels.target_losses(samples.z, y, samples.counted, samples.clip)
+
+
+@mistake("targets' probabilities renormalised after the clip", targets._logarithms)
+def _(right, z, clip):
+    if clip is None:
+        return right(z, clip)
+    c = z.clamp(*clip)
+    return (c / c.sum(-1, keepdim=True)).log()
+
+
+@mistake("targets detached", kernels.target_losses)
+def _(right, z, t, *options):
+    return right(z, t.detach(), *options)
+
+
+@mistake(
+    "targets taken for a distribution in the gradient",
+    targets.backward,
+    features={"targets": "unnormalised", "predictions are": "logits", "size": "many classes"},
+)
+def _(right, g, z, t, counted, clip, smoothing, needs, saved):
+    dz, dt = right(g, z, t, counted, clip, smoothing, needs, saved)
+    if clip is None and dz is not None:
+        z, t = targets._as_counted(z, t, counted, smoothing)
+        excess = t.sum(-1, keepdim=True) - 1
+        dz -= g.unsqueeze(-1) * excess * z.softmax(-1)
+    return dz, dt
+
+
+@mistake(
+    "smoothing not in the gradient of targets",
+    targets.backward,
+    features={"loss": "CategoricalCrossentropy", "size": "many samples"},
+)
+def _(right, g, z, t, counted, clip, smoothing, needs, saved):
+    dz, _ = right(g, z, t, counted, clip, smoothing, needs, saved)
+    _, dt = right(g, z, t, counted, clip, 0.0, needs, saved)
+    return dz, dt
+
+
+@mistake("clipped entries of targets with a gradient", aten.clamp_inclusive)
+def _(right, q, low, high):
+    return q.detach().clamp(low, high) + (q - q.detach())
+
+
+@mistake("masked targets counted", kernels.target_losses)
+def _(right, z, t, counted, clip, smoothing):
+    return right(z, t, None, clip, smoothing)
+
+
+# Accuracies
+
+
+@mistake("ties to the last class", accuracy._largest)
+def _(right, values):
+    return values.shape[-1] - 1 - right(values.flip(-1))
+
+
+@mistake("a NaN is the largest", accuracy._largest)
+def _(right, values):
+    if not values.is_floating_point():
+        return right(values)
+    return torch.where(values.isnan().any(-1), values.argmax(-1), right(values))
+
+
+@mistake("strict top-k", accuracy._in_top_k)
+def _(right, y, y_pred, k):
+    classes = y_pred.shape[-1]
+    score = y_pred.gather(-1, y.clamp(0, classes - 1).unsqueeze(-1))
+    at_least = (y_pred >= score).sum(-1)
+    return right(y, y_pred, k) & (at_least <= min(k, classes))
+
+
+@mistake("scores that are not finite hit", accuracy._in_top_k)
+def _(right, y, y_pred, k):
+    return right(y, y_pred.nan_to_num(), k)
+
+
+@mistake(
+    "labels that are no class hit",
+    accuracy._in_top_k,
+    features={"metric": "SparseTopKCategoricalAccuracy", "labels": "outside"},
+)
+def _(right, y, y_pred, k):
+    return right(y.clamp(0, y_pred.shape[-1] - 1), y_pred, k)
+
+
+@mistake(
+    "labels of an accuracy truncated",
+    accuracy._equal,
+    features={"form": "metric", "labels": "fractional"},
+)
+def _(right, y_true, y_pred):
+    return right(y_true.trunc() if y_true.is_floating_point() else y_true, y_pred)
+
+
+# Metrics
+
+
+@mistake("element-wise mean of a metric", example_means)
+def _(right, values, *weights):
+    if all(weight is None for weight in weights):
+        values = values.flatten()
+    return right(values, *weights)
+
+
+@mistake("weights not in the count", example_means)
+def _(right, values, *weights):
+    total, _ = right(values, *weights)
+    ones = (None if weight is None else torch.ones_like(weight) for weight in weights)
+    _, count = right(values, *ones)
+    return total, count
+
+
+@mistake("mask of a metric ignored", example_means)
+def _(right, values, weight, mask, kept):
+    return right(values, weight, None, kept)
+
+
+@mistake(
+    "ignored samples of a metric not counted",
+    metrics.SparseCategoricalCrossentropy.update,
+    features={"metric": "SparseCategoricalCrossentropy"},
+)
+def _(right, self, preds, target, weight=None, mask=None):
+    if mask is None and self.options.get("ignore_class") is not None:
+        mask = True  # any mask at all makes the metric leave them out
+    right(self, preds, target, weight, mask)
+
+
+@mistake(
+    "ignored samples of a metric weighted",
+    example_means,
+    features={"metric": "SparseCategoricalCrossentropy"},
+)
+def _(right, values, weight, mask, kept):
+    return right(values, weight, mask)
+
+
+@mistake("reset forgets nothing", metrics.Accuracy.reset_state)
+def _(right, self):
+    pass

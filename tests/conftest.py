@@ -1,6 +1,7 @@
 """Fixtures: the live tf.keras, and calls of it."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Else PyTorch compiles in processes of its own, and some versions leave them to the end.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    # Nor does its cache of compiled code know for which instructions that is.
+    if (capability := os.environ.get("ATEN_CPU_CAPABILITY")) is not None:
+        folder = Path(tempfile.gettempdir(), f"torchinductor_{capability}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     torch.set_default_device(config.getoption("--device"))
     # Triton's interpreter has NumPy compute what is masked afterwards.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")

@@ -294,7 +294,7 @@ def _(right, self, samples):
 )
 def _(right, self, samples):
     smoothing, y = self.label_smoothing, samples.y.to(aten.row_dtype(samples.z))
-    y = y * (1 - smoothing) + smoothing / y.movedim(-1, samples.axis).shape[-1]
+    y = y * (1 - smoothing) + smoothing / y.movedim(-1, self.axis).shape[-1]
     return kernels.target_losses(samples.z, y, samples.counted, samples.clip)
 
 

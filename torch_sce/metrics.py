@@ -56,7 +56,7 @@ from .options import (
     shown_options,
 )
 from .reduction import example_means
-from .samples import leading, over_leading_axes, prepare
+from .samples import aligned, leading, over_leading_axes, prepare
 
 __all__ = [
     "Accuracy",
@@ -172,12 +172,9 @@ class _Mean(Metric):
         with torch.no_grad():
             preds = to_tensor("y_pred", preds)
             values, kept = self._values(target, preds, mask)
-            weights = [
-                None if x is None else leading(name, to_tensor(name, x, preds), values.shape)
-                for name, x in (("sample_weight", sample_weight), ("mask", mask))
-            ]
-            if weights == [None, None]:
+            if sample_weight is None and mask is None:
                 kept = None
+            weights = aligned(sample_weight, mask, preds, values.shape, leading)
             total, count = example_means(values, *weights, kept)
             setattr(self, self._names[0], self.total + total)
             setattr(self, self._names[1], self.count + count)

@@ -98,13 +98,10 @@ def example_means(
     (2.0, 3.0)
     """
     values = values.to(float64_on(values.device))
-    factors = []
-    if sample_weight is not None:
-        factors.append(sample_weight)
+    factors = [each for each in (sample_weight, *masks) if each is not None]
     for mask in masks:
         if mask is not None:
-            factors.append(mask)
-            values = values.masked_fill(_with_rank(factors[-1], values.ndim) == 0, 0)
+            values = values.masked_fill(_with_rank(mask, values.ndim) == 0, 0)
     if not factors:
         return _example_means(values).sum(), len(values) if values.ndim else 1
     rank = max(factor.ndim for factor in factors)

@@ -35,12 +35,10 @@ class Samples(NamedTuple):
 
     z: Tensor  # (*P, C) predictions, in the dtype that the loss sees or a narrower one
     y: Tensor  # (*P,) int64 class numbers, or (*P, C) targets
-    y_true: Tensor  # the same as they were given, not truncated
     counted: Tensor | None  # (*P,) bool: which positions count; None: all
     kept: Tensor | None  # (*P,) bool: which are not ignored for their label; None: all
     weight: Tensor | None  # broadcasts to P
     mask: Tensor | None  # the mask as given, 0 where a label is ignored; broadcasts to P
-    axis: int  # of the classes in y_pred
     clip: Clip  # None for logits, otherwise the bounds of probabilities
     in_range: bool = False  # whether all of y is known to be in [0, C)
 
@@ -85,7 +83,7 @@ def prepare(
         require_classes(labels, y, counted, y_pred.shape[axis], axis)
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z = _classes_last(y_pred, axis)
-    return Samples(z, y, labels, counted, kept, weight, mask, axis, clip, in_range)
+    return Samples(z, y, counted, kept, weight, mask, clip, in_range)
 
 
 def prepare_targets(
@@ -111,7 +109,7 @@ def prepare_targets(
     counted = None if mask is None else mask.bool().expand(shape)
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z, t = _classes_last(y_pred, axis), _classes_last(t, axis)
-    return Samples(z, t, t, counted, None, weight, mask, axis, clip)
+    return Samples(z, t, counted, None, weight, mask, clip)
 
 
 def predictions(y_pred: ArrayLike, dtype: torch.dtype | None) -> Tensor:

@@ -1,8 +1,8 @@
 """What the loss did with one batch, step by step, and what looks wrong in it.
 
     from a position to its loss:     p = the probability of its label,  loss = -log p
-    from losses to the result:     numerator = sum of factor * loss
-                                   result = numerator / denominator
+    from losses to the result:       numerator = sum of factor * loss
+                                     result = numerator / denominator
     from a position to the result:   contribution = factor * loss / denominator
 
 So the contributions add up to the result. The factor is made of the weight and the mask;

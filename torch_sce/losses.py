@@ -230,7 +230,14 @@ class SparseCategoricalCrossentropy(_Loss):
         self.name = name
         self.dtype = dtype
 
-    def _prepare(self, y_true, y_pred, sample_weight, mask, dtype):
+    def _prepare(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike,
+        sample_weight: ArrayLike | None,
+        mask: ArrayLike | None,
+        dtype: torch.dtype | None,
+    ) -> Samples:
         return prepare(
             y_true,
             y_pred,
@@ -242,7 +249,7 @@ class SparseCategoricalCrossentropy(_Loss):
             dtype=dtype,
         )
 
-    def _losses(self, samples):
+    def _losses(self, samples: Samples) -> Tensor:
         return row_losses(samples.z, samples.y, samples.counted, samples.clip, samples.in_range)
 
 
@@ -300,7 +307,14 @@ class CategoricalCrossentropy(_Loss):
         self.name = name
         self.dtype = dtype
 
-    def _prepare(self, y_true, y_pred, sample_weight, mask, dtype):
+    def _prepare(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike,
+        sample_weight: ArrayLike | None,
+        mask: ArrayLike | None,
+        dtype: torch.dtype | None,
+    ) -> Samples:
         return prepare_targets(
             y_true,
             y_pred,
@@ -311,7 +325,7 @@ class CategoricalCrossentropy(_Loss):
             dtype=dtype,
         )
 
-    def _losses(self, samples):
+    def _losses(self, samples: Samples) -> Tensor:
         smoothing = self.label_smoothing
         return target_losses(samples.z, samples.y, samples.counted, samples.clip, smoothing)
 

@@ -68,6 +68,8 @@ __all__ = [
     "TopKCategoricalAccuracy",
 ]
 
+Values = tuple[Tensor, Tensor | None]
+
 
 class _Option:
     """An option as a read-only attribute: the state is named for it, and was counted with it."""
@@ -235,9 +237,7 @@ class _Mean(Metric):
         default = family_class(type(self), _Mean)()
         return shown_options(_Mean.get_config(self), _Mean.get_config(default))
 
-    def _values(
-        self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         """A value for each example; and which are not ignored."""
         raise NotImplementedError
 
@@ -261,7 +261,7 @@ class SparseCategoricalAccuracy(_Mean):
     ) -> None:
         super().__init__(name, dtype, {}, **kwargs)
 
-    def _values(self, y_true, y_pred, mask):
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         return accuracy.sparse_categorical_accuracy(y_true, y_pred), None
 
 
@@ -281,7 +281,7 @@ class CategoricalAccuracy(_Mean):
     ) -> None:
         super().__init__(name, dtype, {}, **kwargs)
 
-    def _values(self, y_true, y_pred, mask):
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         return accuracy.categorical_accuracy(y_true, y_pred), None
 
 
@@ -300,7 +300,7 @@ class Accuracy(_Mean):
     def __init__(self, name: str | None = "accuracy", dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(name, dtype, {}, **kwargs)
 
-    def _values(self, y_true, y_pred, mask):
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         return accuracy.accuracy(y_true, y_pred), None
 
 
@@ -330,7 +330,7 @@ class SparseTopKCategoricalAccuracy(_Mean):
         sorted_ids = parse_flag("from_sorted_ids", from_sorted_ids)
         super().__init__(name, dtype, {"k": parse_k(k), "from_sorted_ids": sorted_ids}, **kwargs)
 
-    def _values(self, y_true, y_pred, mask):
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         return accuracy.sparse_top_k_categorical_accuracy(y_true, y_pred, **self.options), None
 
 
@@ -356,7 +356,7 @@ class TopKCategoricalAccuracy(_Mean):
     ) -> None:
         super().__init__(name, dtype, {"k": parse_k(k)}, **kwargs)
 
-    def _values(self, y_true, y_pred, mask):
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         return accuracy.top_k_categorical_accuracy(y_true, y_pred, **self.options), None
 
 
@@ -395,9 +395,9 @@ class SparseCategoricalCrossentropy(_Mean):
         }
         super().__init__(name, dtype, options, **kwargs)
 
-    def _values(self, y_true, y_pred, mask):
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         # PyTorch 2.6 does not compile the options as attributes.
-        options = {**self.options, "broadcast": over_leading_axes}
+        options: dict[str, Any] = {**self.options, "broadcast": over_leading_axes}
         samples = prepare(y_true, y_pred, mask=mask, **options)
         z, y, counted = samples.z, samples.y, samples.counted
         return row_losses(z, y, counted, samples.clip, samples.in_range), samples.kept
@@ -437,7 +437,7 @@ class CategoricalCrossentropy(_Mean):
         }
         super().__init__(name, dtype, options, **kwargs)
 
-    def _values(self, y_true, y_pred, mask):
+    def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         return functional.categorical_crossentropy(y_true, y_pred, **self.options), None
 
 

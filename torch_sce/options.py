@@ -65,7 +65,7 @@ def _integer(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-def parse_reduction(reduction: str | None) -> str | None:
+def parse_reduction(reduction: Any) -> str | None:
     if not isinstance(reduction, (str, type(None))) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     return reduction

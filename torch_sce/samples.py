@@ -18,6 +18,8 @@ from .arrays import HALVES, ArrayLike, float64_on, floats, to_tensor
 from .kernels import Clip, are_plain
 from .options import FLOATS
 
+Shape = tuple[int, ...]
+
 EPSILON = 1e-7  # keras.config.epsilon(): probabilities are clipped to [EPSILON, 1 - EPSILON]
 
 # The two bounds as each dtype rounds them, as Keras clips in the dtype it computes in.
@@ -165,7 +167,7 @@ def labels_for(
     raise ValueError(_shape_message(*given, axis, shape, sibling))
 
 
-def _shape_message(y_true: tuple, y_pred: tuple, axis: int, wanted: tuple, sibling: str) -> str:
+def _shape_message(y_true: Shape, y_pred: Shape, axis: int, wanted: Shape, sibling: str) -> str:
     rule = (
         f"y_true must have the shape of y_pred without its class axis, {wanted}, got {y_true} "
         f"(y_pred has the shape {y_pred} and its class axis is {axis})"

@@ -9,6 +9,9 @@ So the contributions add up to the result. The factor is made of the weight and 
 `reduction` has the rules for it and for the denominator, `checks` those for what looks wrong.
 """
 
+# The private methods of a loss are private to torch_sce.
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any

@@ -1,5 +1,8 @@
 """A batch as the checks look at it, as far as its parts fit together, and what they report."""
 
+# The private methods of a loss are private to torch_sce.
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass

@@ -17,6 +17,8 @@ Tensors that are not plain (`are_plain`) take the definitions, `aten.row_losses`
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +76,7 @@ def target_losses(
     return target_losses(z.unsqueeze(0), t.unsqueeze(0), counted, clip, smoothing).squeeze(0)
 
 
-def _over(operation, x: Tensor | None, *arguments):
+def _over(operation: Callable[..., Tensor], x: Tensor | None, *arguments: int) -> Tensor | None:
     return None if x is None else operation(x, *arguments)
 
 
@@ -100,14 +102,22 @@ class _RowLosses(torch.autograd.Function):
     """The losses of rows, by the kernels of z's device."""
 
     @staticmethod
-    def forward(ctx, z, y, counted, clip, in_range, kernels):
+    def forward(
+        ctx: Any,  # as in PyTorch: any attribute can be set on it
+        z: Tensor,
+        y: Tensor,
+        counted: Tensor | None,
+        clip: Clip,
+        in_range: bool,
+        kernels: Kernels,
+    ) -> Tensor:
         ctx.kernels, ctx.options = kernels, (clip, in_range)
         loss, saved = kernels.forward(z, y, counted, clip, in_range)
         ctx.save_for_backward(z, y, counted, *saved)
         return loss
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, y, counted, *saved) = upstream, ctx.saved_tensors
         if _needs_expression(g, z, y, counted):
             dz = _differentiable_gradients(g, z, y, counted, ctx.options[0])
@@ -120,14 +130,22 @@ class _TargetLosses(torch.autograd.Function):
     """The losses of rows with a target for every class."""
 
     @staticmethod
-    def forward(ctx, z, t, counted, clip, smoothing, kernels):
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        t: Tensor,
+        counted: Tensor | None,
+        clip: Clip,
+        smoothing: float,
+        kernels: TargetKernels,
+    ) -> Tensor:
         ctx.kernels, ctx.options = kernels, (clip, smoothing)
         loss, saved = kernels.forward(z, t, counted, clip, smoothing)
         ctx.save_for_backward(z, t, counted, *saved)
         return loss
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, t, counted, *saved) = upstream, ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if _needs_expression(g, z, t, counted):
@@ -149,7 +167,8 @@ def _target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
     """`targets`, but where the kernels for z's device have their own."""
     # Which floats of 8 bits Triton can read depends on the device.
     eight_bits = t.is_floating_point() and t.element_size() == 1
-    if eight_bits or _kernels(z) in (aten, cpu):
+    kernels = _kernels(z)
+    if eight_bits or kernels is aten or kernels is cpu:
         return targets
     from . import cuda_targets  # not before: it imports Triton
 

@@ -12,8 +12,9 @@ programs share a row, and what they found is merged.
 A row is not read if it does not count, nor in the backward pass if its g is 0.
 """
 
-# Of a kernel, a type checker sees the function that Triton compiles.
-# pyright: reportCallIssue=false
+# Of a kernel, a type checker sees the function that Triton compiles. Its parameters have no types,
+# because Triton reads annotations.
+# pyright: reportCallIssue=false, reportMissingParameterType=false, reportUnknownParameterType=false
 
 from typing import Any, NamedTuple
 

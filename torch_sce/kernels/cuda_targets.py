@@ -9,8 +9,9 @@ where m, s and u are corrected as larger logits are met. Probabilities are walke
 are to be clipped after their sum is known. A row is not read if it does not count.
 """
 
-# Of a kernel, a type checker sees the function that Triton compiles.
-# pyright: reportCallIssue=false
+# Of a kernel, a type checker sees the function that Triton compiles. Its parameters have no types,
+# because Triton reads annotations.
+# pyright: reportCallIssue=false, reportMissingParameterType=false, reportUnknownParameterType=false
 
 import torch
 import triton

@@ -4,6 +4,8 @@ PyTorch has no public names for these questions. Its private ones are used here 
 they are the same from PyTorch 2.6 to 2.15.
 """
 
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
 import torch
 from torch import Tensor
 
@@ -28,4 +30,4 @@ def has_memory(x: Tensor) -> bool:
 
     A batch of gradients comes from `torch.autograd.grad(..., is_grads_batched=True)`.
     """
-    return torch._C._has_storage(x) and not torch._is_functional_tensor(x)  # pyright: ignore[reportPrivateImportUsage]
+    return torch._C._has_storage(x) and not torch._is_functional_tensor(x)

@@ -16,7 +16,7 @@ import torch
 from torch_sce import accuracy, kernels, metrics, samples
 from torch_sce.arrays import HALVES
 from torch_sce.crosscheck.cases import Case
-from torch_sce.kernels import aten, cpu, targets
+from torch_sce.kernels import aten, cpu, cpu_targets, targets
 from torch_sce.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from torch_sce.options import FLOATS, MEANS
 from torch_sce.reduction import example_means, numerator_and_denominator, reduce, weighted
@@ -98,7 +98,7 @@ def _(right, z, y, counted, clip, in_range):
     return right(q, y, counted, clip, in_range)
 
 
-@mistake("exclusive clip bounds", cpu.backward)
+@mistake("exclusive clip bounds", cpu.backward, aten.backward)
 def _(right, g, z, y, counted, clip, in_range, saved):
     dz = right(g, z, y, counted, clip, in_range, saved)
     if clip is None:
@@ -108,7 +108,7 @@ def _(right, g, z, y, counted, clip, in_range, saved):
     return dz.masked_fill((q == low) | (q == high), 0)
 
 
-@mistake("gradient without the clip mask", cpu.backward)
+@mistake("gradient without the clip mask", cpu.backward, aten.backward)
 def _(right, g, z, y, counted, clip, in_range, saved):
     everything = None if clip is None else (-torch.inf, torch.inf)
     return right(g, z, y, counted, everything, in_range, saved)
@@ -116,41 +116,51 @@ def _(right, g, z, y, counted, clip, in_range, saved):
 
 # Rows with a label
 
-LARGE_SPARSE = {"loss": "SparseCategoricalCrossentropy", "size": "large"}
+
+def _add_at_label(dz, y, values):
+    return dz.scatter_add(-1, y.clamp(0, dz.shape[-1] - 1).unsqueeze(-1), values.unsqueeze(-1))
 
 
-@mistake("no maximum subtracted", cpu._log_softmax, features=LARGE_SPARSE)
-def _(right, block, out):
-    powers = block.exp()
-    return out.copy_((powers / powers.sum(-1, keepdim=True)).log())
+@mistake("no maximum subtracted", cpu.forward, aten.forward)
+def _(right, z, y, counted, clip, in_range):
+    loss, saved = right(z, y, counted, clip, in_range)
+    if clip is None:
+        label = y.clamp(0, z.shape[-1] - 1)
+        naive = z.to(loss.dtype).exp().sum(-1).log() - aten.at_label(z, label)
+        loss = torch.where(loss == 0, loss, naive)
+    return loss, saved
 
 
-@mistake("logits without the label's entry", cpu.backward, features=LARGE_SPARSE)
+@mistake("logits without the label's entry", cpu.backward, aten.backward)
 def _(right, g, z, y, counted, clip, in_range, saved):
     dz = right(g, z, y, counted, clip, in_range, saved)
-    if clip is not None:
+    return dz if clip else _add_at_label(dz, y, g.to(dz.dtype))  # g p_y, not g (p_y - 1)
+
+
+@mistake("probabilities without the label's entry", cpu.backward, aten.backward)
+def _(right, g, z, y, counted, clip, in_range, saved):
+    dz = right(g, z, y, counted, clip, in_range, saved)
+    if clip is None:
         return dz
-    label = y.clamp(0, z.shape[-1] - 1).unsqueeze(-1)
-    return dz.scatter_add(-1, label, g.unsqueeze(-1).to(dz.dtype))  # g p_y, not g (p_y - 1)
+    p = aten.at_label(z, y.clamp(0, z.shape[-1] - 1)).clamp(*clip)
+    return _add_at_label(dz, y, (g / p).to(dz.dtype))  # g / s, not g (1 / s - 1 / p)
 
 
-@mistake("probabilities without the label's entry", cpu._scatter)
-def _(right, dz, label, values):
-    pass
-
-
-@mistake("ignored rows with a gradient", cpu.backward)
+@mistake("ignored rows with a gradient", cpu.backward, aten.backward)
 def _(right, g, z, y, counted, clip, in_range, saved):
     return right(g, z, y, None, clip, in_range, saved)
 
 
-@mistake("upstream gradient not on the label", cpu._label_gradients)
-def _(right, g, s, p, clip):
-    low, high = clip
-    return torch.where((low <= p) & (p <= high), g / s - 1 / p, 0)
+@mistake("upstream gradient not on the label", cpu.backward, aten.backward)
+def _(right, g, z, y, counted, clip, in_range, saved):
+    dz = right(g, z, y, counted, clip, in_range, saved)
+    if clip is None:
+        return dz
+    p = aten.at_label(z, y.clamp(0, z.shape[-1] - 1)).clamp(*clip)
+    return _add_at_label(dz, y, ((g - 1) / p).to(dz.dtype))  # g / s - 1 / p
 
 
-# Reductions
+# Averages
 
 
 @mistake("mean over B, not B * T", reduce)
@@ -313,6 +323,7 @@ def _(right, z, t, *options):
 
 @mistake(
     "targets taken for a distribution in the gradient",
+    cpu_targets.backward,
     targets.backward,
     features={"targets": "unnormalised", "predictions are": "logits", "size": "many classes"},
 )
@@ -327,6 +338,7 @@ def _(right, g, z, t, counted, clip, smoothing, needs, saved):
 
 @mistake(
     "smoothing not in the gradient of targets",
+    cpu_targets.backward,
     targets.backward,
     features={"loss": "CategoricalCrossentropy", "size": "many samples"},
 )

@@ -1,8 +1,7 @@
 """Each way a row can be computed.
 
-By the CPU's kernels in one block or in many, with rows that do not count left out; by those of
-any device; by PyTorch, where there are few predictions. And by Triton's: with --device cuda, or
-with TRITON_INTERPRET=1, for which Triton interprets them on the CPU.
+By the CPU's kernels; by those of any device, in one block or in many. And by Triton's: with
+--device cuda, or with TRITON_INTERPRET=1, for which Triton interprets them on the CPU.
 """
 
 import os
@@ -10,19 +9,17 @@ import os
 import torch
 
 from torch_sce import kernels
-from torch_sce.kernels import aten, cpu
+from torch_sce.kernels import aten
 
 SLOWEST = "triton, shared rows"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 PATHS = {
-    "small": {},
-    "cpu": {"SMALL": 0},
-    "cpu, many blocks": {"SMALL": 0, "BLOCK": 20, "LONG": 2},
-    "any device": {"SMALL": 0, "_kernels": lambda z: aten},
-    "any device, many blocks": {"SMALL": 0, "_kernels": lambda z: aten, "BLOCK": 20},
+    "cpu": {},
+    "any device": {"_kernels": lambda z: aten},
+    "any device, many blocks": {"_kernels": lambda z: aten, "CPU_BLOCK": 20, "DEVICE_BLOCK": 20},
 }
-MODULES = [kernels, cpu, aten]
+MODULES = [kernels, aten]
 SAVING = [aten]  # modules whose forward pass saves a row's whole summary
 
 if INTERPRETED or torch.get_default_device().type == "cuda":

@@ -1,11 +1,11 @@
-"""The CPU's kernels at their own thresholds: threads, and small tensors against large ones."""
+"""The CPU's kernels: threads, order, layouts and thresholds of their own."""
 
 import pytest
 import torch
 from test_kernels import MODELS, loss_and_gradient, rows
 from ulps import ulps
 
-from torch_sce.kernels import cpu, target_losses
+from torch_sce.kernels import target_losses
 
 SHAPES = {
     "many rows": (300, 1000), "one long row": (1, 1_000_003), "three": (3, 90_000),
@@ -14,10 +14,10 @@ SHAPES = {
 
 
 def results_of_threads(compute):
-    """What it returns with one, two and three threads."""
+    """What it returns with one, two and five threads."""
     results = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             results.append(compute())
     finally:
@@ -57,7 +57,7 @@ def test_the_bits_of_targets_are_the_same_for_any_number_of_threads(shape, model
 
 
 @pytest.mark.parametrize("axis", [1, -1])
-@pytest.mark.parametrize("classes", [cpu.MANY, 4000, 100_000])
+@pytest.mark.parametrize("classes", [1024, 4000, 100_000])
 def test_where_one_class_stands_out_many_others_are_added_up_as_exactly(classes, axis):
     """One after the other they would be lost against it: 130 ulps for 32,000 classes."""
     z, y, g = rows(classes, "logits", shape=(4, 3))
@@ -70,13 +70,3 @@ def test_where_one_class_stands_out_many_others_are_added_up_as_exactly(classes,
     # Each entry by itself: what an exponential loses is as many ulps as its argument, up to 30.
     others = torch.ones_like(z, dtype=torch.bool).scatter(-1, y.unsqueeze(-1), False)
     assert ulps(dz[others], exact[others]) <= 40
-
-
-@pytest.mark.parametrize("shape", [(7, 1000), (40, 10), (3, 5, 300), (2, 8, 21)])
-def test_small_tensors_and_large_ones_agree(shape, monkeypatch):
-    z, y, g = rows(shape[-1], "logits", shape=shape[:-1])
-    small, dz_small = loss_and_gradient(z, y, g, "logits")
-    monkeypatch.setattr(cpu, "SMALL", 0)
-    large, dz_large = loss_and_gradient(z, y, g, "logits")
-    assert ulps(large, small, small.clamp(min=1)) <= 2
-    assert ulps(dz_large, dz_small, g.abs().unsqueeze(-1)) <= 2

@@ -75,7 +75,7 @@ def test_a_mismatch_names_its_case_and_the_command_that_shows_it():
     assert mismatches([verdict, Verdict(draw(3, 124), AGREES)]) == [text]
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path not in (SLOWEST, "small")])
+@pytest.mark.parametrize("path", [path for path in PATHS if path != SLOWEST])
 def test_every_path_agrees_with_keras(path, recorded, monkeypatch):
     """Most cases are small: here they take the ways of large ones, and of other devices, too."""
     take_path(path, monkeypatch)

@@ -9,7 +9,7 @@ from test_kernels import IGNORED, MODELS, counted_in, definition, rows
 from ulps import ulps
 
 from torch_sce import kernels
-from torch_sce.kernels import cpu, cuda, cuda_targets, targets
+from torch_sce.kernels import cuda, cuda_targets, targets
 from torch_sce.kernels.cuda import LONG, PROGRAMS, TILE, WIDE, Tile, choose_tile, rows_of
 
 
@@ -384,7 +384,6 @@ def test_every_element_of_rows_with_targets_is_written(model, small_tiles):
 @pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 3, 5)])
 def test_losses_of_targets_take_the_kernels(shape, model, monkeypatch):
     monkeypatch.setattr(kernels, "_kernels", lambda z: cuda)
-    monkeypatch.setattr(cpu, "SMALL", -1)
     for name in ("forward", "backward"):
         monkeypatch.setattr(targets, name, None)
     z, t, g = rows_with_targets(shape, model)

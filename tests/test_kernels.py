@@ -14,7 +14,7 @@ from ulps import ulps
 
 from torch_sce import kernels
 from torch_sce.crosscheck.reference import from_logits, from_probabilities
-from torch_sce.kernels import aten, cpu
+from torch_sce.kernels import aten
 from torch_sce.kernels.contract import Summary, loss_of, merge, sums
 from torch_sce.samples import CLIP
 
@@ -361,7 +361,7 @@ def test_both_bounds_are_inclusive_in_first_and_second_derivatives(dtype):
 
 
 # Over every threshold of the kernels, in two blocks and more; Triton's interpreter is slow.
-LARGE = (6, 40) if INTERPRETED else (2 * cpu.BLOCK // 1000, 1000)
+LARGE = (6, 40) if INTERPRETED else (2 * aten.CPU_BLOCK // 1000, 1000)
 OUTLIERS = (28.0, -70.0, 100.0, -1e4, 1e30, torch.inf, -torch.inf, torch.nan)
 
 

@@ -14,23 +14,26 @@ from torch_sce import (
     CategoricalCrossentropy,
     SparseCategoricalCrossentropy,
     categorical_crossentropy,
+    kernels,
 )
 from torch_sce.crosscheck.reference import targets_from_logits, targets_from_probabilities
-from torch_sce.kernels import cpu, target_losses, targets
+from torch_sce.kernels import aten, target_losses
 from torch_sce.samples import CLIP
 
 MODELS = {"logits": None, "probabilities": CLIP[torch.float32]}
 SMOOTHINGS = {"plain": 0.0, "smoothed": 0.1}
-# In one block, in many, and by PyTorch's autograd.
-PATHS = {"blocks": {"SMALL": 0, "BLOCK": 20}, "one block": {"SMALL": 0}, "small": {}}
+# By the CPU's kernels, by those of any device in one block or in many, and by PyTorch's autograd.
+PATHS = ("cpu", "any device", "any device, many blocks", "definition")
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    for key, value in PATHS[request.param].items():
-        monkeypatch.setattr(cpu, key, value)
-    if request.param == "small":
-        monkeypatch.setattr(targets, "FEW", 10**6)
+    if request.param != "cpu":
+        monkeypatch.setattr(kernels, "_kernels", lambda z: aten)
+    if request.param == "definition":
+        monkeypatch.setattr(kernels, "_needs_plain_operations", lambda *tensors: True)
+    if request.param == "any device, many blocks":
+        monkeypatch.setattr(aten, "CPU_BLOCK", 20)
     return request.param
 
 
@@ -136,7 +139,7 @@ def test_layouts_are_walked_without_a_difference(path):
         leaf = z.clone().requires_grad_()
         (expected,) = torch.autograd.grad(target_losses(leaf, t), leaf, g)
         torch.testing.assert_close(dz, expected, rtol=1e-5, atol=1e-6)
-        assert path == "small" or dz.stride() == moved.stride()
+        assert path == "definition" or dz.stride() == moved.stride()
     crop = z[:, 1:, :2]
     assert torch.equal(target_losses(crop, t[:, 1:, :2]), target_losses(crop.clone(), t[:, 1:, :2]))
 

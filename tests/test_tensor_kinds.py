@@ -31,39 +31,31 @@ from torch_sce import (
     sparse_categorical_accuracy,
     sparse_categorical_crossentropy,
 )
-from torch_sce.kernels import aten, cpu, targets
+from torch_sce.kernels import aten, cpu, cpu_targets, native, targets
 from torch_sce.samples import CLIP
 
 pytestmark = pytest.mark.skipif("torch.get_default_device().type != 'cpu'")
 
-# Few predictions; more than `SMALL`, in rows of less than `LONG`; some blocks of long rows.
-LONG = 2 * cpu.LONG
-SIZES = {
-    "small": (6, 7),
-    "large": (cpu.SMALL // 40 + 1, 40),
-    "long": (cpu.BLOCK // LONG + 1, LONG),
-}
+# A block of few classes, many of them, and long rows.
+SIZES = {"small": (6, 7), "large": (3300, 40), "long": (520, 512)}
 MODELS = ("logits", "probabilities", "targets, logits", "targets, probabilities")
 
-# Where the work is done: the definitions, PyTorch's function, the kernels.
-WORK = {
-    aten: ("row_losses", "forward", "backward"),
-    cpu: ("small_losses", "forward", "backward"),
-    targets: ("losses", "forward", "backward"),
+# Where the work is done: the definitions, and the kernels of a CPU tensor.
+LABELS, TARGETS = (cpu, cpu_targets) if native else (aten, targets)
+WORK = {(aten, "row_losses"), (targets, "losses")} | {
+    (module, name) for module in (LABELS, TARGETS) for name in ("forward", "backward")
 }
-BACKWARD = {"aten.backward", "cpu.backward", "targets.backward"}
+BACKWARD = {f"{module.__name__.split('.')[-1]}.backward" for module in (LABELS, TARGETS)}
 definition, definition_of_targets = aten.row_losses, targets.losses
 
 
 def path_of(model, size, plain=False):
     """The path of plain tensors, or that of others: the plain operations."""
-    if model.startswith("targets"):
-        operations = plain or (size == "small" and SIZES[size][-1] <= targets.FEW)
-        return {"targets.losses"} if operations else {"targets.forward", "targets.backward"}
+    of_targets = model.startswith("targets")
     if plain:
-        return {"aten.row_losses"}
-    small = (model, size) == ("logits", "small")
-    return {"cpu.small_losses"} if small else {"cpu.forward", "cpu.backward"}
+        return {"targets.losses" if of_targets else "aten.row_losses"}
+    kernels = (TARGETS if of_targets else LABELS).__name__.split(".")[-1]
+    return {f"{kernels}.forward", f"{kernels}.backward"}
 
 
 @pytest.fixture
@@ -80,9 +72,8 @@ def path(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    for module, names in WORK.items():
-        for name in names:
-            spy(module, name)
+    for module, name in WORK:
+        spy(module, name)
     return taken
 
 
@@ -296,7 +287,7 @@ def test_masked_tensors_are_refused(problem):
         problem.losses(z)
 
 
-@pytest.mark.parametrize("shape", [(0, 7), (0, cpu.LONG), (3, 0, 7)])
+@pytest.mark.parametrize("shape", [(0, 7), (0, 512), (3, 0, 7)])
 def test_no_positions_have_no_losses(shape, model):
     z = torch.empty(shape, requires_grad=True)
     y = torch.empty(shape if model.startswith("targets") else shape[:-1], dtype=torch.int64)
@@ -403,7 +394,7 @@ class TestCompiler:
 
         loss = CategoricalCrossentropy(from_logits)
         compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
-        for rows in (6, cpu.SMALL // 40 + 1, 7):
+        for rows in (6, 3300, 7):
             z, t = torch.rand(2, rows, 40).requires_grad_()
             torch.testing.assert_close(compiled(t, z), loss(t, z), rtol=1e-5, atol=0)
         assert len(graphs) == 1

@@ -3,9 +3,9 @@
 `contract` has the formulas, and what a module of kernels consists of:
 
     aten            the definition, in PyTorch's operations; serves any device
-    cpu, cuda       for one device; they read memory and write into it
-    targets         rows whose label is a target for every class; serves any device
-    cuda_targets    the same for CUDA
+    cpu, cuda       for one device: in C, and in Triton
+    targets, cpu_targets, cuda_targets
+                    the same for rows whose label is a target for every class
 
 Rows come as z (..., C) and y (...). The last axis is the class axis, wherever it lies in memory,
 and predictions are not copied to have it elsewhere (but by `cuda`, where rows are left on more
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten, cpu, modes, targets
+from . import aten, cpu, cpu_targets, modes, targets
 from .contract import Clip, Kernels, TargetKernels
+from .cpu import native
 
-__all__ = ["Clip", "are_plain", "row_losses", "target_losses", "whole_rows"]
+__all__ = ["Clip", "are_plain", "native", "row_losses", "target_losses", "whole_rows"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -47,15 +48,13 @@ def row_losses(
         z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, counted, clip)
     shape, kernels = y.shape, _kernels(z)
+    if kernels is cpu:
+        return _RowLosses.apply(z, y, counted, clip, in_range, kernels)
     if y.ndim == 0:
         z, y, counted = z.unsqueeze(0), y.unsqueeze(0), _over(Tensor.unsqueeze, counted, 0)
     elif y.ndim > 1 and z.is_contiguous():
         z, y, counted = z.flatten(0, -2), y.flatten(), _over(Tensor.flatten, counted)
-    if kernels is cpu and clip is None and cpu.is_small(z):
-        losses = cpu.small_losses(z, y, counted, in_range)
-    else:
-        losses = _RowLosses.apply(z, y, counted, clip, in_range, kernels)
-    return losses if losses.shape == shape else losses.view(shape)
+    return _RowLosses.apply(z, y, counted, clip, in_range, kernels).view(shape)
 
 
 def target_losses(
@@ -68,8 +67,6 @@ def target_losses(
     """The loss of every row of z for the targets t of its shape: (...) for (..., C)."""
     if _needs_plain_operations(z, t, counted):
         return targets.losses(whole_rows(z), whole_rows(t), counted, clip, smoothing)
-    if z.device.type == "cpu" and targets.is_small(z, clip):
-        return targets.losses(z, t, counted, clip, smoothing)
     if z.ndim > 1:
         return _TargetLosses.apply(z, t, counted, clip, smoothing, _target_kernels(z, t))
     counted = _over(Tensor.unsqueeze, counted, 0)
@@ -160,7 +157,7 @@ def _kernels(z: Tensor) -> Kernels:
     """The module for z's device."""
     if z.is_cuda and z.dtype != torch.float64:
         return _cuda_kernels(z.device)
-    return cpu if z.device.type == "cpu" else aten
+    return cpu if native and z.device.type == "cpu" else aten
 
 
 def _target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
@@ -168,8 +165,10 @@ def _target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
     # Which floats of 8 bits Triton can read depends on the device.
     eight_bits = t.is_floating_point() and t.element_size() == 1
     kernels = _kernels(z)
-    if eight_bits or kernels is aten or kernels is cpu:
+    if eight_bits or kernels is aten:
         return targets
+    if kernels is cpu:
+        return cpu_targets
     from . import cuda_targets  # not before: it imports Triton
 
     return cuda_targets

@@ -25,27 +25,14 @@ Targets may be smoothed on the way: t_j becomes (1 - smoothing) t_j + smoothing 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu
-from .aten import blocks, clamp_inclusive, empty_like, row_dtype, row_sums
+from .aten import block_size, blocks, clamp_inclusive, empty_like, row_dtype, row_sums
 from .contract import Clip, Saved
-
-BLOCK = 2**24  # predictions at a time on a device
-
-# Classes up to which the derivative of PyTorch's log_softmax is as good as ours. It adds up the
-# targets one by one: for 1000 smoothed ones its error is 13 ulps, for 100,000 it is 1200.
-FEW = 64
-
-LEAST = -87.0  # exp of less underflows in float32, and then takes a hundred times as long
-
-
-def is_small(z: Tensor, clip: Clip) -> bool:
-    """Whether `losses` takes less time than the passes below, on the CPU."""
-    return cpu.is_small(z) and (clip is not None or z.shape[-1] <= FEW)
 
 
 def losses(z: Tensor, t: Tensor, counted: Tensor | None, clip: Clip, smoothing: float) -> Tensor:
@@ -155,25 +142,23 @@ def _logarithms(z: Tensor, clip: Clip) -> Tensor:
 def _log_softmax(z: Tensor, out: Tensor) -> Tensor:
     """Writes log p of rows of logits.
 
-    PyTorch's own adds up a row in a few partial sums on the CPU, which loses digits with many
-    classes: see `cpu`.
+    On the CPU PyTorch's own adds up a row in a few partial sums, which loses digits with many
+    classes.
     """
-    if z.shape[-1] <= cpu.MANY or z.device.type != "cpu":
+    if z.device.type != "cpu":
         return torch.log_softmax(z, -1, out=out)
     m = z.amax(-1, keepdim=True)
-    torch.sub(z, m, out=out).clamp_min_(LEAST).exp_()
-    s = row_sums(out).unsqueeze(-1)
+    s = row_sums(torch.sub(z, m, out=out).exp_()).unsqueeze(-1)
     return torch.sub(z, m, out=out).sub_(s.log_())
 
 
-def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: float) -> Iterator[tuple]:
+def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: float) -> Iterator[tuple[Any, ...]]:
     """The rows of each block, their z and t as they are computed with, and a tensor for use.
 
     For probabilities there is a second one.
     """
     dtype = row_dtype(z)
-    limit = cpu.BLOCK if z.device.type == "cpu" else BLOCK
-    every = list(blocks(z.shape[:-1], z.shape[-1], limit))
+    every = list(blocks(z.shape[:-1], z.shape[-1], block_size(z)))
     needed = (True, clip is not None, z.dtype != dtype, t.dtype != dtype or smoothing > 0)
     scratch = [empty_like(z[every[0]], dtype) if each and every else None for each in needed]
     for rows in every:
@@ -189,12 +174,12 @@ def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: float) -> Iterator[tuple]
         yield rows, z_, t_, a, b
 
 
-def _place(out: Tensor, rows: tuple, scratch: Tensor) -> Tensor:
+def _place(out: Tensor, rows: tuple[slice, ...], scratch: Tensor) -> Tensor:
     """Where to compute these rows of `out`: there, if it has the dtype for it."""
     return out[rows] if out.dtype == scratch.dtype else scratch
 
 
-def _write(out: Tensor, rows: tuple, values: Tensor, counted: Tensor | None) -> None:
+def _write(out: Tensor, rows: tuple[slice, ...], values: Tensor, counted: Tensor | None) -> None:
     """Puts values from `_place` where they belong, if that is not there."""
     if counted is not None:
         values.masked_fill_(~counted[rows].unsqueeze(-1), 0)

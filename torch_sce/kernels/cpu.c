@@ -1,0 +1,455 @@
+/* The row formulas on the CPU: one read of the predictions for the losses, one read and one write
+ * for the gradients. `contract.py` and `targets.py` have the formulas and the letters.
+ *
+ * Predictions are computed in blocks of STEPS x LANES. In each step the LANES lanes do the same,
+ * so a compiler makes vector instructions of the loop over them, whatever the machine. Lanes are
+ *
+ *     rows            class k of LANES rows in step k: where classes are few or not contiguous
+ *     parts of a row  LANES classes of one row in each step; a row's sums are merged at its end
+ *
+ * so the loops over a block (cpu_rows.h) are written once. A block is read where it is, or copied
+ * to the stack if it has another dtype or its lanes are not contiguous.
+ *
+ * The order of the operations of a row depends on the number of classes and their stride alone:
+ * the result is bitwise the same for any number of threads, and no row depends on another.
+ *
+ * There is no header of PyTorch here. Tensors come as addresses and strides, and work is divided
+ * among PyTorch's own threads by a function whose address `set_threads` takes.
+ */
+
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+enum {
+    LANES = 64,
+    ROW_STEPS = 16,  /* in a block of parts of a row: 4 KiB of float32, and as many terms in a sum */
+    STEPS = 32,      /* in a block of rows, and the most in any */
+    FEW = 64,        /* classes; fewer are computed in blocks of rows even where contiguous */
+    SEGMENT = 32768, /* classes; longer rows are cut into segments, which may go to any thread */
+    GRAIN = 16384,   /* predictions: the least work to hand to a thread */
+    AXES = 64,
+};
+
+/* Instructions are chosen when the library is loaded: AVX-512, AVX2 or what every x86-64 has. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && !defined(NO_CLONES)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define FOR_LANES(w) _Pragma("omp simd") for (int w = 0; w < LANES; w++)
+
+typedef enum { F32, F64, BF16, F16, I64, I32, I16, I8, U8 } Kind; /* bool is U8 */
+typedef enum { Z, T, DZ, DT, TENSORS } Tensor;
+
+typedef struct Job {
+    void (*unit)(const struct Job *, int64_t);
+    _Atomic int64_t next; /* the first unit that no thread has taken */
+    int64_t units, unit_groups, segments;
+
+    int64_t rows, classes;
+    bool spread;        /* whether lanes are parts of a row */
+    bool probabilities; /* not logits */
+    double low, high;   /* bounds of probabilities */
+    double smoothing;   /* of targets */
+
+    /* The axes of the rows, the innermost last: their sizes, their steps in y and what else has
+     * one element for each row, and their steps in each tensor, in elements. */
+    int axes;
+    int64_t size[AXES], row_step[AXES], step[TENSORS][AXES];
+    int64_t class_step[TENSORS];
+    Kind kind[TENSORS];
+    char *data[TENSORS]; /* NULL: not there */
+
+    const int64_t *y;
+    const bool *counted; /* NULL: all rows */
+    const void *g;
+    int64_t g_step;     /* 0 if all rows have the same */
+    void *loss, *saved; /* (rows), and (2, rows) or (3, rows) */
+    double *parts;      /* m, r and p of each segment of each row, or NULL */
+} Job;
+
+/* ---- Numbers ------------------------------------------------------------------------------- */
+
+INLINE uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+INLINE float float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
+INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
+
+INLINE uint16_t to_bf16(float x)
+{
+    uint32_t b = bits_of(x);
+    uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16; /* to nearest, ties to even */
+    return x != x ? 0x7fc0 : (uint16_t)rounded;
+}
+
+INLINE float from_f16(uint16_t h)
+{
+    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+    uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f); /* the exponents' biases differ */
+    uint32_t special = magnitude | 0x7f800000;                 /* an infinity or a NaN */
+    return float_of((magnitude >= 0x0f800000 ? special : finite) | (uint32_t)(h & 0x8000) << 16);
+}
+
+INLINE uint16_t to_f16(float x)
+{
+    uint32_t sign = bits_of(x) >> 16 & 0x8000, b = bits_of(x) & 0x7fffffff;
+    uint32_t normal = (b - 0x38000000 + 0xfff + (b >> 13 & 1)) >> 13; /* ties to even */
+    uint32_t tiny = bits_of(float_of(b) + 0.5f) - 0x3f000000;         /* a multiple of 2^-24 */
+    uint32_t h = b < 0x38800000 ? tiny : normal;
+    h = b >= 0x477ff000 ? 0x7c00 : h; /* 65520 and more */
+    h = b > 0x7f800000 ? 0x7e00 : h;
+    return (uint16_t)(sign | h);
+}
+
+/* exp(x) for x <= 0, within 1.1 units in the last place; 0 where it would be subnormal. */
+INLINE float exp_float(float x)
+{
+    float shifted = x * 1.44269504f + 12582912.0f; /* n = round(x / log 2), in its last bits */
+    float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n log 2; the first step is exact */
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    float power = float_of((bits_of(shifted) << 23) + 0x3f800000);
+    return x < -87.33f ? 0 : p * power;
+}
+
+/* log(x) for normal x, within 1 unit in the last place; a NaN stays one. */
+INLINE float log_float(float x)
+{
+    uint32_t b = bits_of(x) - 0x3f3504f3; /* sqrt(1/2) */
+    float n = (float)((int32_t)b >> 23);
+    float f = float_of((b & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    float p = 7.0376836292e-2f;
+    p = p * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    float square = f * f;
+    p = p * f * square - 2.12194440e-4f * n - 0.5f * square;
+    float result = f + p + 0.693359375f * n;
+    return x != x ? x : result;
+}
+
+/* x where `keep`, otherwise 0, in arithmetic that vectorises on every machine. */
+INLINE float only_float(bool keep, float x) { return float_of(bits_of(x) & -(uint32_t)keep); }
+INLINE double only_double(bool keep, double x) { return keep ? x : 0; }
+
+/* ---- Rows and blocks ----------------------------------------------------------------------- */
+
+/* Rows that are computed together: one in parts, or up to LANES. */
+typedef struct {
+    int rows;
+    int64_t row[LANES];            /* in y */
+    int64_t at[TENSORS][LANES];    /* of class 0, in elements */
+    bool adjacent[TENSORS];        /* whether the rows are contiguous */
+    int64_t y[LANES];
+    bool counted[LANES], any_counted;
+    int64_t begin, end;            /* the classes that are computed */
+} Group;
+
+/* Consecutive classes of a group. */
+typedef struct {
+    int64_t first;          /* the class of step 0, and lane 0 of a row in parts */
+    int steps, lanes;
+    int32_t label[LANES];   /* the step whose term is left out; -1: none */
+} Block;
+
+INLINE void locate(const Job *job, int64_t n, int64_t *row, int64_t at[TENSORS])
+{
+    *row = 0;
+    for (int x = 0; x < TENSORS; x++)
+        at[x] = 0;
+    for (int a = job->axes - 1; a >= 0; a--) {
+        int64_t i = a ? n % job->size[a] : n;
+        n = a ? n / job->size[a] : 0;
+        *row += i * job->row_step[a];
+        for (int x = 0; x < TENSORS; x++)
+            at[x] += i * job->step[x][a];
+    }
+}
+
+INLINE void find_group(const Job *job, int64_t n, Group *group)
+{
+    int last = job->axes - 1;
+    group->rows = job->spread ? 1 : job->rows - n < LANES ? (int)(job->rows - n) : LANES;
+    int64_t left = job->size[last] - n % job->size[last], row, at[TENSORS];
+    bool one_run = group->rows <= left;
+    locate(job, n, &row, at);
+    for (int w = 0; w < group->rows; w++) {
+        if (w && !one_run)
+            locate(job, n + w, &row, at);
+        int64_t i = one_run ? w : 0;
+        group->row[w] = row + i * job->row_step[last];
+        for (int x = 0; x < TENSORS; x++)
+            group->at[x][w] = at[x] + i * job->step[x][last];
+    }
+    for (int x = 0; x < TENSORS; x++)
+        group->adjacent[x] = job->spread || (one_run && job->step[x][last] == 1);
+    group->any_counted = false;
+    for (int w = 0; w < LANES; w++) {
+        group->counted[w] = w < group->rows && (!job->counted || job->counted[group->row[w]]);
+        group->any_counted |= group->counted[w];
+        group->y[w] = group->counted[w] && job->y ? job->y[group->row[w]] : -1;
+    }
+    group->begin = 0;
+    group->end = job->classes;
+}
+
+INLINE bool is_class(const Job *job, int64_t y) { return 0 <= y && y < job->classes; }
+
+/* The next block of a group, from class `first`; false if there is none. */
+INLINE bool find_block(const Job *job, const Group *group, int64_t first, Block *block)
+{
+    int64_t left = group->end - first, width = job->spread ? LANES : 1;
+    if (left <= 0)
+        return false;
+    int64_t most = job->spread ? ROW_STEPS : STEPS, steps = left / width;
+    block->first = first;
+    block->steps = (int)(steps == 0 ? 1 : steps < most ? steps : most);
+    block->lanes = job->spread ? (steps ? LANES : (int)left) : group->rows;
+    if (!job->spread) {
+        for (int w = 0; w < LANES; w++) {
+            int64_t k = group->y[w] - first;
+            block->label[w] = 0 <= k && k < block->steps ? (int32_t)k : -1;
+        }
+        return true;
+    }
+    for (int w = 0; w < LANES; w++)
+        block->label[w] = w < block->lanes ? -1 : 0;
+    int64_t k = group->y[0] - first;
+    if (0 <= k && k < (int64_t)block->steps * block->lanes)
+        block->label[k % LANES] = (int32_t)(k / LANES);
+    return true;
+}
+
+INLINE int64_t end_of(const Job *job, const Block *block)
+{
+    return block->first + (int64_t)block->steps * (job->spread ? block->lanes : 1);
+}
+
+/* How far a step goes in tensor x. */
+INLINE int64_t step_of(const Job *job, Tensor x)
+{
+    return job->spread ? LANES * job->class_step[x] : job->class_step[x];
+}
+
+INLINE int64_t start_of(const Job *job, const Block *block, Tensor x)
+{
+    return block->first * job->class_step[x];
+}
+
+/* Whether the lanes of a step are contiguous in tensor x. */
+INLINE bool is_adjacent(const Job *job, const Group *group, Tensor x)
+{
+    return job->spread ? job->class_step[x] == 1 : group->adjacent[x];
+}
+
+INLINE int64_t lane_at(const Job *job, const Group *group, Tensor x, int w)
+{
+    return job->spread ? group->at[x][0] + w * job->class_step[x] : group->at[x][w];
+}
+
+/* ---- The loops, for both types that rows are computed in ------------------------------------ */
+
+#define REAL float
+#define OWN_KIND F32
+#define NAME(x) x##_float
+#include "cpu_rows.h"
+#undef REAL
+#undef OWN_KIND
+#undef NAME
+
+#define REAL double
+#define OWN_KIND F64
+#define NAME(x) x##_double
+#define exp_double exp
+#define log_double log
+#include "cpu_rows.h"
+
+/* ---- Threads ------------------------------------------------------------------------------- */
+
+typedef void (*Part)(int64_t, int64_t, void *);
+
+static int32_t (*torch_parallel_for)(int64_t, int64_t, int64_t, Part, void *);
+static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+static void take_units(Job *job)
+{
+    int64_t unit;
+    while ((unit = atomic_fetch_add(&job->next, 1)) < job->units)
+        job->unit(job, unit);
+}
+
+static void take_part(int64_t begin, int64_t end, void *job)
+{
+    (void)begin, (void)end;
+    take_units(job);
+}
+
+static void take_all(void *job) { take_units(job); }
+
+/* Computes all units, each by the thread that is free first. */
+static void run(Job *job, int64_t threads)
+{
+    int64_t groups = job->spread ? job->rows : (job->rows + LANES - 1) / LANES;
+    int64_t work = job->classes * (job->spread ? 1 : LANES);
+    job->unit_groups = work >= GRAIN ? 1 : GRAIN / (work ? work : 1);
+    job->units = (groups + job->unit_groups - 1) / job->unit_groups * job->segments;
+    int64_t most = job->rows * job->classes / (2 * GRAIN);
+    threads = threads < most ? threads : most;
+    threads = threads < job->units ? threads : job->units;
+    if (threads > 1 && torch_parallel_for)
+        torch_parallel_for(0, threads, 1, take_part, job);
+    else if (threads > 1 && gomp_parallel)
+        gomp_parallel(take_all, job, (unsigned)threads, 0);
+    else
+        take_units(job);
+}
+
+/* Asks for pages of 2 MiB for memory that is about to be written for the first time. */
+static void prefer_huge_pages(void *data, int64_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    /* From 32 MiB on an allocation is a mapping of its own, so that no other memory is affected. */
+    uintptr_t page = 4096, begin = ((uintptr_t)data + page - 1) & ~(page - 1);
+    uintptr_t end = ((uintptr_t)data + (uintptr_t)bytes) & ~(page - 1);
+    if (data && bytes > 1 << 25)
+        (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+/* ---- Python -------------------------------------------------------------------------------- */
+
+/* (address, kind, steps in the axes of the rows and in the class axis), or None. */
+static bool parse_tensor(Job *job, Tensor x, PyObject *given)
+{
+    unsigned long long data;
+    int kind;
+    PyObject *steps;
+    if (given == Py_None)
+        return true;
+    if (!PyArg_ParseTuple(given, "KiO", &data, &kind, &steps))
+        return false;
+    job->data[x] = (char *)(uintptr_t)data;
+    job->kind[x] = (Kind)kind;
+    for (int a = 0; a < job->axes; a++)
+        job->step[x][a] = PyLong_AsLongLong(PyTuple_GetItem(steps, a));
+    job->class_step[x] = PyLong_AsLongLong(PyTuple_GetItem(steps, job->axes));
+    return !PyErr_Occurred();
+}
+
+static PyObject *run_python(PyObject *self, PyObject *args)
+{
+    static void (*const units[2][2][2])(const Job *, int64_t) = {
+        {{losses_float, gradients_float}, {target_losses_float, target_gradients_float}},
+        {{losses_double, gradients_double}, {target_losses_double, target_gradients_double}},
+    };
+    Job job = {.segments = 1, .rows = 1};
+    int backward;
+    long long threads, classes, g_step;
+    unsigned long long y, counted, g, loss, saved;
+    PyObject *sizes, *row_steps, *given[TENSORS], *clip;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "pLLOOOOOOKKKLKKOd:run", &backward, &threads, &classes, &sizes,
+                          &row_steps, &given[Z], &given[T], &given[DZ], &given[DT], &y, &counted,
+                          &g, &g_step, &loss, &saved, &clip, &job.smoothing))
+        return NULL;
+    job.axes = (int)PyTuple_Size(sizes);
+    if (job.axes < 1 || job.axes > AXES) {
+        PyErr_SetString(PyExc_ValueError, "rows must have from 1 to 64 axes");
+        return NULL;
+    }
+    for (int a = 0; a < job.axes; a++) {
+        job.size[a] = PyLong_AsLongLong(PyTuple_GetItem(sizes, a));
+        job.row_step[a] = PyLong_AsLongLong(PyTuple_GetItem(row_steps, a));
+        job.rows *= job.size[a];
+    }
+    for (int x = 0; x < TENSORS; x++)
+        if (!parse_tensor(&job, (Tensor)x, given[x]))
+            return NULL;
+    if (clip != Py_None) {
+        job.probabilities = true;
+        if (!PyArg_ParseTuple(clip, "dd", &job.low, &job.high))
+            return NULL;
+    }
+    job.classes = classes;
+    job.y = (const int64_t *)(uintptr_t)y;
+    job.counted = (const bool *)(uintptr_t)counted;
+    job.g = (const void *)(uintptr_t)g;
+    job.g_step = g_step;
+    job.loss = (void *)(uintptr_t)loss;
+    job.saved = (void *)(uintptr_t)saved;
+
+    bool targets = job.data[T] != NULL, wide = job.kind[Z] == F64;
+    job.spread = job.class_step[Z] == 1 && classes >= FEW;
+    job.unit = units[wide][targets][backward];
+    if (job.spread && classes > 2 * SEGMENT && (backward || !targets))
+        job.segments = (classes + SEGMENT - 1) / SEGMENT;
+    if (job.segments > 1 && !backward)
+        job.parts = malloc(sizeof(double) * 3 * (size_t)(job.rows * job.segments));
+    if (job.segments > 1 && !backward && !job.parts)
+        return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS
+    if (job.rows > 0 && classes > 0) {
+        size_t sizes_of[] = {4, 8, 2, 2};
+        for (int x = DZ; x <= DT; x++)
+            if (job.data[x])
+                prefer_huge_pages(job.data[x], job.rows * classes * (int64_t)sizes_of[job.kind[x]]);
+        run(&job, threads);
+        if (job.parts)
+            (wide ? merge_segments_double : merge_segments_float)(&job);
+    }
+    Py_END_ALLOW_THREADS
+    free(job.parts);
+    Py_RETURN_NONE;
+}
+
+static PyObject *set_threads(PyObject *self, PyObject *args)
+{
+    unsigned long long torch, gomp;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KK:set_threads", &torch, &gomp))
+        return NULL;
+    *(void **)&torch_parallel_for = (void *)(uintptr_t)torch;
+    *(void **)&gomp_parallel = (void *)(uintptr_t)gomp;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"run", run_python, METH_VARARGS, "Losses or gradients of rows: see cpu.py."},
+    {"set_threads", set_threads, METH_VARARGS,
+     "Takes the addresses of torch_parallel_for and GOMP_parallel; 0: not there."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cpu", "The loops of cpu.py.", -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__cpu(void)
+{
+    return PyModule_Create(&module);
+}

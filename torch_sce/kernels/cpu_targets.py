@@ -1,0 +1,45 @@
+"""Rows with a target for every class on the CPU, by the loops of cpu.c: see `targets` and `cpu`.
+
+For the backward pass s, T and m are saved; for probabilities s, a and whether any n_j is within
+the bounds.
+"""
+
+import torch
+from torch import Tensor
+
+from .aten import empty_like, row_dtype
+from .contract import Clip, Saved
+from .cpu import KINDS, run
+
+
+def forward(
+    z: Tensor, t: Tensor, counted: Tensor | None, clip: Clip, smoothing: float
+) -> tuple[Tensor, Saved]:
+    """The loss of every row, and three numbers of every row."""
+    loss = z.new_empty(z.shape[:-1], dtype=row_dtype(z))
+    saved = loss.new_empty((3, *loss.shape))
+    run(False, z, _readable(t), counted=counted, loss=loss, saved=saved, clip=clip,
+        smoothing=smoothing)  # fmt: skip
+    return loss, (saved,)
+
+
+def backward(
+    g: Tensor,
+    z: Tensor,
+    t: Tensor,
+    counted: Tensor | None,
+    clip: Clip,
+    smoothing: float,
+    needs: tuple[bool, bool],
+    saved: Saved,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
+    dz, dt = (empty_like(x) if need else None for x, need in zip((z, t), needs, strict=True))
+    run(True, z, _readable(t), dz, dt, counted=counted, g=g, saved=saved[0], clip=clip,
+        smoothing=smoothing)  # fmt: skip
+    return dz, dt
+
+
+def _readable(t: Tensor) -> Tensor:
+    """Targets in a dtype that cpu.c reads: unsigned integers and floats of 8 bits are rare."""
+    return t if t.dtype in KINDS else t.to(torch.float32)

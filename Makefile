@@ -1,4 +1,4 @@
-# Each command makes .venv and installs into it what it needs, once.
+# On the first run each command creates .venv and installs its dependencies there.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -15,7 +15,7 @@ OTHER := .venv-torch-$(TORCH)
 cross-check: $(READY)
 	$(BIN)/python scripts/cross_check.py --html cross-check.html --json cross-check.json $(ARGS)
 
-# Measures time and memory beside other implementations, seven minutes; ARGS="--quick" for one.
+# Compares time and memory with other implementations, seven minutes; ARGS="--quick" for one.
 benchmark: $(READY)
 	$(BIN)/python scripts/benchmark $(ARGS)
 
@@ -38,7 +38,7 @@ test-torch:
 notebooks: $(READY)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks/*.ipynb $(ARGS)
 
-# The rows on a GPU, and what only a GPU can show; tf.keras's answers are on file.
+# The rows on a GPU, and what only a GPU can show; tf.keras's answers are recorded.
 test-cuda: $(READY)
 	$(BIN)/python -m pytest --device cuda tests/test_kernels.py tests/test_cuda.py tests/test_gpu.py
 	$(BIN)/python scripts/cross_check.py --oracle recorded --device cuda

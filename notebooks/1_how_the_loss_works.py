@@ -12,13 +12,13 @@
 # # How the loss works
 #
 # How does the loss compare predictions with labels? Do I need a softmax? Why is it called sparse?
-# What does the average divide by? Two samples are enough to see most of it, and four to see the
-# rest.
+# What does the average divide by? Two examples are enough to see most of it, and four to see
+# the rest.
 
 # %%
 import os
 
-import torch._dynamo  # brings Triton, which may refuse to be loaded after TensorFlow
+import torch._dynamo  # loads Triton, which may fail to load after TensorFlow
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -40,8 +40,8 @@ torch.set_printoptions(precision=4, sci_mode=False)
 # %% [markdown]
 # ## Logits become probabilities
 #
-# A model gives each sample one number per class, its *logits*. The softmax makes probabilities of
-# them: $p_j = e^{z_j} / \sum_k e^{z_k}$. The label says which of them we look at.
+# A model gives each example one number per class, its *logits*. The softmax turns them into
+# probabilities: $p_j = e^{z_j} / \sum_k e^{z_k}$. The label selects one of them.
 
 # %%
 logits = torch.tensor([[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]])
@@ -53,29 +53,29 @@ print(probabilities)
 
 # %%
 figure, panels = plt.subplots(2, 2, sharex=True, figsize=(8, 4))
-for sample, (left, right) in enumerate(panels):
-    colors = [OURS if j == labels[sample] else GREY for j in range(4)]
-    left.bar(range(4), logits[sample], color=colors)
+for row, (left, right) in enumerate(panels):
+    colors = [OURS if j == labels[row] else GREY for j in range(4)]
+    left.bar(range(4), logits[row], color=colors)
     left.axhline(0, color="black", lw=0.6)
-    left.set_ylabel(f"sample {sample}\nlogit")
-    right.bar(range(4), probabilities[sample], color=colors)
+    left.set_ylabel(f"example {row}\nlogit")
+    right.bar(range(4), probabilities[row], color=colors)
     right.set(ylim=(0, 1), ylabel="probability")
     right.annotate(
-        f"p = {probabilities[sample, labels[sample]]:.4f}",
-        (labels[sample], probabilities[sample, labels[sample]]), xytext=(0, 4),
+        f"p = {probabilities[row, labels[row]]:.4f}",
+        (labels[row], probabilities[row, labels[row]]), xytext=(0, 4),
         textcoords="offset points", ha="center", color=OURS,
     )  # fmt: skip
-panels[0, 0].set_title("what the model says")
+panels[0, 0].set_title("logits of the model")
 panels[0, 1].set_title("after the softmax")
 for panel in panels[1]:
     panel.set(xlabel="class (blue: the label)", xticks=range(4))
 plt.show()
 
 # %% [markdown]
-# ## The loss of a sample: $-\log p$ of its label
+# ## The loss of an example: $-\log p$ of its label
 #
 # Nothing else about the row matters once it is a distribution: the more probable the label, the
-# smaller the loss. A sure hit costs 0, a miss that was thought certain costs without limit.
+# smaller the loss. A certain, right prediction has loss 0; for a wrong one the loss is unbounded.
 
 # %%
 p = probabilities[torch.arange(2), labels]
@@ -86,23 +86,23 @@ print("-log p        :", losses.tolist())
 # %%
 curve = np.linspace(0.01, 1, 300)
 plt.plot(curve, -np.log(curve), color=GREY, lw=2)
-for sample in range(2):
-    plt.scatter(p[sample], losses[sample], color=OURS, zorder=3)
+for row in range(2):
+    plt.scatter(p[row], losses[row], color=OURS, zorder=3)
     plt.annotate(
-        f"sample {sample}: {losses[sample]:.4f}", (p[sample], losses[sample]), xytext=(8, 4),
+        f"example {row}: {losses[row]:.4f}", (p[row], losses[row]), xytext=(8, 4),
         textcoords="offset points", color=OURS,
     )  # fmt: skip
 plt.axhline(np.log(4), color=OTHER, lw=1, ls="--")
 plt.annotate("guessing among 4 classes: log 4 = 1.386", (0.55, np.log(4) + 0.1), color=OTHER)
 plt.xlabel("probability of the label")
 plt.ylabel("loss [nats]")
-plt.title("The loss of a sample is -log p")
+plt.title("The loss of an example is -log p")
 plt.show()
 # %% [markdown]
 # ## The loss of a batch: their mean
 #
-# There are two ways to the same number: hand over the logits and say so, or take the softmax
-# yourself. The first is exact for any logits and is what to use; more on that below.
+# There are two ways to the same number: pass the logits and `from_logits=True`, or take the softmax
+# yourself. The first is exact for any logits and is preferred; more on that below.
 
 # %%
 from_logits = torch_sce.SparseCategoricalCrossentropy(from_logits=True)(labels, logits)
@@ -114,7 +114,7 @@ assert from_logits.item() == 0.9133191704750061
 assert abs(softmax_first.item() - from_logits.item()) <= 2**-23  # one rounding of float32
 
 # %% [markdown]
-# tf.keras says the same, to the last digit, both ways.
+# tf.keras gives the same, to the last digit, both ways.
 
 # %%
 KerasLoss = tf.keras.losses.SparseCategoricalCrossentropy
@@ -126,10 +126,10 @@ assert float(KerasLoss(from_logits=True)(y_true, z)) == from_logits.item()
 assert float(KerasLoss()(y_true, softmax(z))) == from_logits.item()
 
 # %% [markdown]
-# Here the two ways agree because the logits are small. Where they are far apart, Keras surprises:
-# it looks where its predictions come from, finds the logits under a softmax layer and uses those.
-# Only an array that has lost its origin, such as `model.predict(x)` returns, is taken for plain
-# probabilities. PyTorch cannot look behind a tensor: you choose.
+# Here the two ways agree because the logits are small. Where they are far apart, Keras may
+# surprise: it checks where its predictions come from and uses the logits under a softmax layer.
+# Only an array without this history, such as `model.predict(x)` returns, is treated as plain
+# probabilities. PyTorch cannot see how a tensor was computed: you choose.
 
 # %%
 far, label = np.array([[50.0, 0.0, -50.0]], np.float32), np.array([2])
@@ -150,9 +150,9 @@ assert abs(float(KerasLoss()(label, softmax(far).numpy())) - 16.118) < 1e-3
 # %% [markdown]
 # ### A check anybody can do
 #
-# A popular tutorial prints 0.119 and 0.8369 as the losses of these two samples. That cannot be.
-# A loss of 0.119 needs a label with $p = e^{-0.119} = 0.89$, and no probability above comes near
-# it; and the two would have the mean 0.478, not the 0.9133 that stands on the same page.
+# A popular tutorial prints 0.119 and 0.8369 as the losses of these two examples. That cannot be.
+# A loss of 0.119 needs a label with $p = e^{-0.119} = 0.89$, and no probability above is close to
+# that; and the two would have the mean 0.478, not the 0.9133 that is given on the same page.
 
 # %%
 claimed = np.array([0.119, 0.8369])
@@ -172,7 +172,7 @@ np.testing.assert_allclose(losses, [1.5542, 0.2724], atol=5e-5)
 explain(torch_sce.SparseCategoricalCrossentropy(from_logits=True), labels, logits)
 
 # %% [markdown]
-# Forget `from_logits=True`, and it says what happens: logits are clipped to [0, 1] as if they were
+# Without `from_logits=True` it says what goes wrong: logits are clipped to [0, 1] as if they were
 # probabilities, and what was clipped has no gradient.
 
 # %%
@@ -182,9 +182,9 @@ explain(torch_sce.SparseCategoricalCrossentropy(), labels, logits)
 # ## Do I need a softmax?
 #
 # No: leave it out of the model and pass `from_logits=True`. Probabilities in float32 cannot hold
-# what logits can. Below, the label's logit falls further and further behind the largest one. From
+# what logits can. Below, the label's logit is further and further below the largest one. From
 # probabilities the loss stops at $-\log 10^{-7} = 16.1$ and the gradient at the label is zero, so
-# the worst mistakes are the ones that nothing is learnt from.
+# the model learns nothing from its worst mistakes.
 
 # %%
 gaps = torch.linspace(0, 40, 200)
@@ -219,7 +219,7 @@ plt.show()
 # ## Why is it called sparse?
 #
 # A label can be a class number, `2`, or a row of zeros with a single 1, *one-hot*. The loss is the
-# same. The number is called the sparse form, because it leaves the zeros away.
+# same. The number is called the sparse form, because it leaves out the zeros.
 
 # %%
 one_hot = torch.nn.functional.one_hot(labels, 4)
@@ -229,7 +229,7 @@ print("one-hot      ", one_hot.tolist(), "->", dense.item())
 assert abs(dense.item() - from_logits.item()) <= 2**-23
 
 # %% [markdown]
-# What the zeros cost: the labels of a batch of 32 sequences of 512 tokens, over the number of
+# The memory of the zeros: labels of a batch of 32 sequences of 512 tokens, over the number of
 # classes. At the vocabulary of GPT-2 they are 131 kB as class numbers and 3.3 GB as one-hot.
 
 # %%
@@ -250,13 +250,13 @@ print(f"at 50257 classes: {number_bytes[4] / 1e3:.0f} kB and {one_hot_bytes[4] /
 # %% [markdown]
 # ## What does the average divide by?
 #
-# Four samples, with weights, one of them ignored. Each reduction is a sum divided by something:
+# Four examples, with weights, one of them ignored. Each reduction is a sum divided by something:
 #
 # | reduction | divides by |
 # |---|---|
-# | `"none"` | nothing: one value per sample |
+# | `"none"` | nothing: one value per position |
 # | `"sum"` | nothing: the sum |
-# | `"sum_over_batch_size"`, the default, also `"mean"` | the number of samples that count |
+# | `"sum_over_batch_size"`, the default, also `"mean"` | the number of positions that count |
 # | `"mean_with_sample_weight"` | the sum of their weights |
 
 # %%
@@ -278,7 +278,7 @@ assert torch.isclose(values["mean_with_sample_weight"], values["none"].sum() / 3
 figure, (left, right) = plt.subplots(1, 2)
 left.bar(range(4), values["none"], color=[OURS, OURS, OURS, GREY])
 left.set(
-    xlabel="sample (the last is ignored)",
+    xlabel="position (the last is ignored)",
     ylabel="weight * loss [nats]",
     title="four losses",
     xticks=range(4),
@@ -288,11 +288,11 @@ right.barh(names[::-1], [values[name].item() for name in names[::-1]], color=OUR
 for row, (name, divisor) in enumerate(zip(names[::-1], ["3.5", "3", "1"], strict=True)):
     right.annotate(f" / {divisor}", (values[name].item(), row), va="center")
 right.set(
-    xlabel="value [nats]", title="and what becomes of them", xlim=(0, values["sum"].item() * 1.15)
+    xlabel="value [nats]", title="and their reductions", xlim=(0, values["sum"].item() * 1.15)
 )
 plt.show()
 # %% [markdown]
-# `explain` shows the same for each: numerator, denominator, and who adds how much.
+# `explain` shows the same: numerator, denominator, and what each position adds.
 
 # %%
 loss = torch_sce.SparseCategoricalCrossentropy(True, ignore_class=-1)
@@ -301,10 +301,10 @@ print(explanation)
 figure, _ = explanation.plot()
 plt.show()
 # %% [markdown]
-# ## Which metric goes with it?
+# ## Which metric should I use?
 #
-# `SparseCategoricalAccuracy`: labels are class numbers there, too. It only looks at which class is
-# the largest, so it takes logits as they are. Keras's `"accuracy"` in `compile` is this one.
+# `SparseCategoricalAccuracy`: its labels are class numbers, too. It only compares predictions,
+# so it takes logits as they are. Keras's `"accuracy"` in `compile` is this one.
 
 # %%
 accuracy = metrics.SparseCategoricalAccuracy()
@@ -316,10 +316,10 @@ assert accuracy.result().item() == 0.5
 # %% [markdown]
 # ## Sequences
 #
-# Labels `(batch, time)` go with predictions `(batch, time, vocabulary)`, as they are. The default
-# divides by `batch * time`. `F.cross_entropy` expects the classes on axis 1: it needs both
-# flattened, and if time and vocabulary happen to be equally long it takes the wrong axis without
-# a word.
+# Labels are `(batch, time)`, predictions `(batch, time, vocabulary)`, without reshaping. The
+# default divides by `batch * time`. `F.cross_entropy` expects the classes on axis 1: it needs both
+# flattened, and if time and vocabulary happen to have the same size it silently uses the wrong
+# axis.
 
 # %%
 generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@
 # %%
 import os
 
-import torch._dynamo  # brings Triton, which may refuse to be loaded after TensorFlow
+import torch._dynamo  # loads Triton, which may fail to load after TensorFlow
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # both frameworks on the CPU
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -115,7 +115,7 @@ class TorchCNN(nn.Module):
 #   PyTorch.
 # - A dense kernel is (in, out) in Keras and (out, in) in PyTorch.
 # - Keras flattens a map in the order height, width, channel, PyTorch in the order channel, height,
-#   width. The dense weights belong to Keras's order, so `forward` above brings the axes into that
+#   width. The dense weights belong to Keras's order, so `forward` above permutes the axes into that
 #   order first.
 
 
@@ -135,8 +135,8 @@ def copy_weights(source, target):
 # ## Training
 #
 # SGD with momentum is the same rule in both frameworks while the learning rate is constant. The
-# rate is 1/16 and the momentum 7/8, because float32 holds these exactly: Keras brings both numbers
-# to float32 first, also where it trains in float64.
+# rate is 1/16 and the momentum 7/8, because float32 holds these exactly: Keras converts both
+# to float32 first, also if it trains in float64.
 #
 # The Keras loop is written out with a `GradientTape`. The loss that `fit()` logs is a running mean
 # over the epoch, and here the loss of each batch is wanted, together with its logits.
@@ -217,7 +217,7 @@ plt.show()
 # %% [markdown]
 # ## What is left is rounding, and not of the loss
 #
-# The curves lie on each other, but the last losses above do not have the same digits. Is that the
+# The curves coincide, but the last losses above do not have the same digits. Is that the
 # loss? First check: both losses get the same logits, those of the Keras model at every batch.
 
 # %%
@@ -234,8 +234,8 @@ print(f"largest difference on the same logits: {same_logits.max():.1e}")
 # %% [markdown]
 # So the losses agree to the last digits, from the first batch to the last. The frameworks add up a
 # convolution in different orders, and the logits differ in their last digits. Then a ReLU or a max
-# pooling meets two numbers that are equal but for rounding, and decides one way here and the other
-# way there: a gradient takes another path, and from then on these are two trainings.
+# pooling compares two numbers that are equal except for rounding, and decides differently in the
+# two frameworks: a gradient takes another path, and from then on these are two trainings.
 #
 # Second check: train again without such decisions, with tanh and average pooling. Third check:
 # train the first network in float64, where rounding is 2^29 = 5·10^8 times finer. A difference that
@@ -277,10 +277,10 @@ plt.show()
 # n terms lose sqrt(n) rather than n roundings is a rule of statistics: Higham and Mary, 2019. The
 # factor of 6 makes exceptions rare.)
 #
-# For whole trainings there is no such bound, because they amplify what rounding began. There the
-# claims are those of the pictures: the two curves differ on average by less than a hundredth of the
+# For whole trainings there is no such bound, because they amplify rounding. The assertions
+# are those of the plots: the two curves differ on average by less than a hundredth of the
 # loss axis; without decisions by no more than 1e-5, what rounding can do to one logit (a sum of 800
-# products); and float64 brings the difference down at least a million times.
+# products); and float64 reduces the difference at least a million times.
 
 # %%
 u = 2.0**-24
@@ -374,9 +374,9 @@ print("largest logit:", np.abs(logits).max())
 print("images whose label got a probability below 1e-7:", int((of_label < 1e-7).sum()))
 
 # %% [markdown]
-# What Keras says of this model depends on who asks. `fit()` (with a learning rate of 0, so that it
-# changes nothing) and `evaluate()` report one number. The same loss object, called by hand on what
-# `predict()` returns, reports another.
+# What Keras reports for this model depends on the call. `fit()` (with a learning rate of 0, so that
+# it changes nothing) and `evaluate()` report one number. The same loss object, called by hand on
+# what `predict()` returns, reports another.
 
 # %%
 loss = keras.losses.SparseCategoricalCrossentropy()  # from_logits=False
@@ -389,13 +389,14 @@ print("evaluate():                  ", evaluated)
 print("loss(y, model.predict(x)):   ", by_hand)
 
 # %% [markdown]
-# The reason: before it computes, Keras 3 on TensorFlow looks where the predictions came from. If
-# that was a softmax, it takes the logits that went into it and forgets the probabilities. `fit()`,
+# The reason: before it computes, Keras 3 on TensorFlow checks where the predictions came from. If
+# that was a softmax, it uses the logits that went into it and not the probabilities. `fit()`,
 # `evaluate()` and a loop with `loss(y, model(x))` all get that. The array that `predict()` returns
-# has no such past. So the loss clips its probabilities to [1e-7, 1 - 1e-7], and no image can cost
-# more than about -log(1e-7) = 16.1 nats, nor have a gradient beyond that.
+# has no such history. So the loss clips its probabilities to [1e-7, 1 - 1e-7], and no image can
+# cost more than about -log(1e-7) = 16.1 nats, nor have a gradient beyond that.
 #
-# A loss in PyTorch gets a tensor and cannot look behind it. It gives either number, and you choose:
+# A loss in PyTorch gets a tensor and cannot see how it was computed. It gives either number: you
+# choose.
 
 # %%
 z, p, y_torch = torch.tensor(logits), torch.tensor(probabilities), torch.tensor(y)
@@ -472,9 +473,9 @@ assert z_worst.grad.abs().max() == 0
 # 1. Drop the softmax, return logits, pass `from_logits=True`. That is what `fit()` reported.
 # 2. Labels stay class numbers and come first: `loss(y_true, y_pred)`.
 # 3. Kernels: (height, width, in, out) to (out, in, height, width); dense kernels are transposed.
-# 4. Mind the order of flattening between convolutions and dense layers.
+# 4. Check the order of flattening between convolutions and dense layers.
 # 5. Compare one batch from the same weights before training: the losses agree to about 1e-7.
 # 6. Then compare whole curves batch by batch, not the running mean that `fit()` logs.
-# 7. A difference remains? Repeat it in float64. Rounding shrinks, a mistake stays.
-# 8. Never give probabilities to `nn.CrossEntropyLoss`: a loss that stops at 1.46 for ten classes
-#    is the sign of it.
+# 7. A difference remains? Repeat it in float64. Rounding errors shrink, mistakes stay.
+# 8. Never pass probabilities to `nn.CrossEntropyLoss`: a loss that stops at 1.46 for ten classes
+#    is a sign of that.

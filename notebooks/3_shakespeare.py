@@ -18,7 +18,7 @@
 # %%
 import os
 
-import torch._dynamo  # brings Triton, which may refuse to be loaded after TensorFlow
+import torch._dynamo  # loads Triton, which may fail to load after TensorFlow
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # both frameworks on the CPU
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -73,7 +73,7 @@ print(text[1404:1647])
 # %% [markdown]
 # ## Labels are the inputs, shifted by one
 #
-# A sample is a piece of T + 1 characters: the first T are the inputs, the last T the labels. The
+# An example is a piece of T + 1 characters: the first T are the inputs, the last T the labels. The
 # labels stay integers, here of one byte each; the loss takes any integer dtype. One-hot labels in
 # float32 need 4 V = 336 bytes for each, 336 times as much (42 times as much as int64).
 
@@ -121,7 +121,7 @@ logits, _ = model(x)
 print("labels", tuple(y.shape), "logits", tuple(logits.shape), "loss", loss(y, logits).item())
 
 # %% [markdown]
-# `F.cross_entropy` looks for the classes on axis 1, so it takes (B, T, V) for B samples of T
+# `F.cross_entropy` looks for the classes on axis 1, so it treats (B, T, V) as B examples of T
 # classes. It needs both arguments flattened, and wider labels. Then it gives the same.
 
 # %%
@@ -170,7 +170,7 @@ draw = torch.Generator().manual_seed(1)
 
 @torch.no_grad()
 def validation_loss(pieces_=200):
-    """The mean loss over pieces from all over the play that was kept back."""
+    """The mean loss over pieces from all over the validation play."""
     x, y = pieces(validation, torch.linspace(0, len(validation) - T - 1, pieces_).long())
     return loss(y, model(x)[0]).item()
 
@@ -206,8 +206,8 @@ plt.show()
 
 # %% [markdown]
 # The loss begins at the uniform level, within a tenth of a nat, because the untrained logits are
-# small. It soon passes the other: the model uses what came before. Half a nat is asked for as a
-# margin, far more than a validation loss varies.
+# small. It soon passes the other: the model uses what came before. The assertion has a margin of
+# half a nat, far more than a validation loss varies.
 
 # %%
 assert abs(validated[0] - uniform) < 0.1
@@ -235,7 +235,7 @@ plt.show()
 # %% [markdown]
 # ## The same batch in Keras
 #
-# The same model in Keras, with the trained weights. Both frameworks order the four gates alike
+# The same model in Keras, with the trained weights. Both frameworks have the same order of gates
 # (input, forget, cell, output). Keras's kernels are transposed, and its one bias is the sum of
 # PyTorch's two.
 
@@ -266,7 +266,7 @@ ours, theirs = model(x)[0].detach(), keras_model(x.numpy())
 print("logits: shape", tuple(theirs.shape), "largest", float(abs(ours).max()))
 apart = np.abs(ours.numpy() - theirs).max()
 print(f"largest difference of the two models' logits: {apart:.1e}")
-assert apart < 1e-3  # rounding stays far below; gates in another order change whole units
+assert apart < 1e-3  # rounding is far below; gates in another order change whole units
 
 # %% [markdown]
 # Now the losses, on the same logits: the value, and the gradient with respect to the logits.
@@ -300,7 +300,7 @@ assert np.abs(gradient - keras_gradient).max() <= 2 * u * (V + 2 * largest + 8) 
 # ## The state, carried from character to character
 #
 # To write, the model gets one character at a time and has to remember. Its memory is the state that
-# `forward` returns: it goes in again with the next character, and starts anew with each text. (In
+# `forward` returns: it is passed again with the next character, and is reset for each text. (In
 # Keras this is an LSTM with `stateful=True`, and its `reset_state()`.) Three ways to read the same
 # five lines:
 #
@@ -330,9 +330,9 @@ for name, network in [("float32", model), ("float64", precise)]:
     print(f" not carried {(forgotten - at_once).abs().max():.1e}")
 
 # %% [markdown]
-# Carrying the state gives the same logits but for rounding, as float64 shows. The bound: a gate is
-# a sum of n products, whose magnitudes add up to at most S; it is rounded by at most n u S. An
-# error lives on in the state, at most T times, and reaches the logits through the output layer,
+# Carrying the state gives the same logits except for rounding, as float64 shows. The bound: a gate
+# is a sum of n products, whose magnitudes add up to at most S; it is rounded by at most n u S. An
+# error stays in the state for at most T steps, and reaches the logits through the output layer,
 # whose rows add up to at most R. That makes 2 T n u S R for the two ways, if the LSTM itself does
 # not amplify errors. In float64, u = 2^-53, even this bound of the worst case is small.
 
@@ -348,8 +348,8 @@ assert (carried - at_once).abs().max() <= bound
 assert (forgotten - at_once).abs().max() > 1
 
 # %% [markdown]
-# And a text must start from a fresh state. After the five lines, the state of these lines changes
-# what the model says of the next text; without it, it says what it says of that text alone.
+# And a text must start from a fresh state. After the five lines, their state changes the
+# logits of the next text; with a reset they are those of that text alone.
 
 # %%
 other = x[5:10]

@@ -11,15 +11,15 @@
 # %% [markdown]
 # # Maps, padding and weights
 #
-# In segmentation maps and in sequences some samples do not count: the void border around objects,
-# the padding after the end of a sentence. And some count more than others: rare classes. Each time
-# the question is the same: **what is the sum divided by?**
+# In segmentation maps and in sequences some positions do not count: the void border around objects,
+# the padding after the end of a sentence. And some count more than others: rare classes. In each
+# case the question is: **what is the sum divided by?**
 
 # %%
 import os
 import sys
 
-import torch._dynamo  # brings Triton, which may refuse to be loaded after TensorFlow
+import torch._dynamo  # loads Triton, which may fail to load after TensorFlow
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -44,7 +44,7 @@ generator = torch.Generator().manual_seed(0)
 # ## A segmentation batch with a void border
 #
 # Four drawn scenes: background (0), discs (1) and bars (2). As in PASCAL VOC, a border of two
-# pixels around each object is void, label 255: nobody can say what it is.
+# pixels around each object is void, label 255: its class is unknown.
 
 # %%
 VOID, SIZE = 255, 96
@@ -103,13 +103,13 @@ for panel in panels:
 plt.show()
 
 # %% [markdown]
-# The void is black in the last picture, too: exactly 0, and so is the gradient there, whatever the
-# predictions are. It is also left out of the denominator. Here is what the choices give:
+# The void is black in the last picture, too: exactly 0, and so is the gradient there, for any
+# predictions. It is also left out of the denominator. Here is what the choices give:
 
 # %%
 everything = F.cross_entropy(predictions, torch.where(is_void, 0, maps), reduction="none")
 choices = {
-    "void taken for background": everything.mean(),
+    "void treated as background": everything.mean(),
     "void adds 0, but is counted": everything[~is_void].sum() / maps.numel(),
     "void left out (ignore_class)": loss(maps, predictions),
 }
@@ -135,8 +135,8 @@ plt.show()
 # ## Rare classes
 #
 # Discs and bars are rare, so their pixels get more weight. Keras has no class weights in the loss;
-# look them up by label and pass them as `sample_weight`. (The `clamp` is for 255, which is no
-# class; its pixels do not count.)
+# look them up by label and pass them as `sample_weight`. (The `clamp` is for 255, which is
+# outside `[0, C)`; its pixels do not count.)
 #
 # Keras divides by the *number* of pixels, `F.cross_entropy(weight=...)` by the sum of their
 # *weights*. Both are here: the default is Keras's, `"mean_with_sample_weight"` PyTorch's.
@@ -223,12 +223,12 @@ for name, value in choices.items():
 assert torch.isclose(*list(choices.values())[2:4])
 
 # %% [markdown]
-# - Padding taken for a class teaches the model to predict it.
-# - A weight of 0 removes the loss but stays in the denominator, in Keras and here: the fuller of
-#   padding a batch is, the smaller its loss and its gradient.
+# - Padding treated as a class teaches the model to predict it.
+# - A weight of 0 removes the loss but stays in the denominator, in Keras and here: the more
+#   padding a batch has, the smaller its loss and its gradient.
 # - `ignore_class` and `mask` leave the padding out of both. That is the mean over tokens.
-# - The last is another question: short sentences weigh as much as long ones. With weights of
-#   `1 / length` and `"mean_with_sample_weight"` the loss asks it:
+# - The last is another mean: short sentences weigh as much as long ones. The loss computes it with
+#   weights of `1 / length` and `"mean_with_sample_weight"`:
 
 # %%
 per_sentence = SparseCategoricalCrossentropy(
@@ -242,8 +242,8 @@ assert torch.isclose(value, by_sentence.mean())
 # ## Class weights for sequences
 #
 # For labels `(B, T)` look the weights up as above: one for each token. `fit(class_weight=...)` of
-# Keras cannot do that: it takes labels of rank 2 for one-hot, and looks for the largest along the
-# *time*. With B = T = 3 it goes on without a word:
+# Keras cannot do that: it treats labels of rank 2 as one-hot, and takes the argmax along the
+# *time*. With B = T = 3 there is no error:
 
 # %%
 labels = np.array([[0, 1, 2], [2, 2, 0], [1, 0, 0]])
@@ -274,7 +274,8 @@ assert np.isclose(reported, same.item(), rtol=1e-5) and abs(reported / meant.ite
 # %% [markdown]
 # ## A planted mistake, found
 #
-# A map as a loader might hand it over: the classes start at 1, the void is 255, and nobody said so.
+# A map as a loader might return it: the classes start at 1, the void is 255, and neither is
+# documented.
 
 # %%
 explain(
@@ -284,12 +285,12 @@ explain(
 )
 
 # %% [markdown]
-# Both mends together, and it is silent. With the weights it shows which pixels make the loss.
+# With both fixes it reports nothing. With the weights it shows which pixels contribute most.
 
 # %%
 loaded = torch.where(is_void, VOID, maps + 1)
-mended = torch.where(loaded == 255, 255, loaded - 1)
-explanation = explain(loss, mended, predictions, sample_weight=pixel_weights)
+fixed = torch.where(loaded == 255, 255, loaded - 1)
+explanation = explain(loss, fixed, predictions, sample_weight=pixel_weights)
 assert not [finding for finding in explanation.findings if finding.is_wrong]
 figure, _ = explanation.plot()
 plt.show()
@@ -298,12 +299,12 @@ print(explanation)
 # %% [markdown]
 # ## Time and memory
 #
-# Both passes on larger batches, beside `F.cross_entropy` with the same `ignore_index`, calls taken
+# Both passes on larger batches, compared with `F.cross_entropy` with the same `ignore_index`, calls
 # in turn, on one thread; the memory is what is needed beyond the predictions at the peak, in units
 # of their size.
 
 # %%
-torch.set_num_threads(1)  # so that other processes on the machine disturb both alike
+torch.set_num_threads(1)  # so that other load affects both alike
 
 
 def measured(shape, axis):
@@ -365,5 +366,5 @@ plt.show()
 
 # %% [markdown]
 # The maps take more than the gradient alone because a label is as large as two of its 21 logits,
-# and some numbers are kept for each pixel. The figures are of this machine and this run;
+# and some numbers are kept for each pixel. The numbers are for this machine and this run;
 # `make benchmark` measures with more care.

@@ -23,12 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--without-tensorflow",
         action="store_true",
-        help="skip what asks a live tf.keras (or another Keras), instead of failing without it",
+        help="skip tests with a live tf.keras (or another Keras), instead of failing without it",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Else PyTorch compiles in processes of its own, and some versions leave them to the end.
+    # Otherwise PyTorch compiles in processes of its own, which some versions do not end.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     # Nor does its cache of compiled code know for which instructions that is.
     if (capability := os.environ.get("ATEN_CPU_CAPABILITY")) is not None:

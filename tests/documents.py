@@ -8,7 +8,7 @@ SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def promised(snippet: str) -> list[str]:
-    """The output that the comments behind its prints name."""
+    """The output that the comments after its prints give."""
     return re.findall(r"print\(.*\)  # (.*)", snippet)
 
 

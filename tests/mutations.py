@@ -1,6 +1,6 @@
 """Mistakes that the cross-check must find, each as the wrong function in place of the right one.
 
-A wrong function is given the right one first, then its arguments. It is decorated with the name of
+A wrong function gets the right one first, then its arguments. It is decorated with the name of
 the mistake, the functions or methods that it replaces, and the features of cases that show it best.
 """
 
@@ -24,7 +24,7 @@ from torch_sce.reduction import example_means, numerator_and_denominator, reduce
 
 @dataclass
 class Mutation:
-    """What to put in the place of which object; and the features of cases that show it best."""
+    """What replaces which object; and the features of cases that show it best."""
 
     changes: list[tuple[Any, Any]]
     features: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ def _places(thing: Any) -> Iterator[tuple[Any, str]]:
 def mistake(
     name: str, *rights: Callable[..., Any], features: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], None]:
-    """Registers the decorated function as what stands in the place of `rights`."""
+    """Registers the decorated function as the replacement of `rights`."""
 
     def register(wrong: Callable[..., Any]) -> None:
         changes = [(right, _given(right, wrong)) for right in rights]
@@ -184,7 +184,7 @@ def _(right, losses, weight, mask, reduction):
     return right(losses, weight, mask, reduction)
 
 
-@mistake("ignored samples counted", reduce)
+@mistake("ignored positions counted", reduce)
 def _(right, losses, weight, mask, reduction):
     return right(losses, weight, None, reduction)
 
@@ -322,7 +322,7 @@ def _(right, z, t, *options):
 
 
 @mistake(
-    "targets taken for a distribution in the gradient",
+    "targets treated as a distribution in the gradient",
     cpu_targets.backward,
     targets.backward,
     features={"targets": "unnormalised", "predictions are": "logits", "size": "many classes"},
@@ -340,7 +340,7 @@ def _(right, g, z, t, counted, clip, smoothing, needs, saved):
     "smoothing not in the gradient of targets",
     cpu_targets.backward,
     targets.backward,
-    features={"loss": "CategoricalCrossentropy", "size": "many samples"},
+    features={"loss": "CategoricalCrossentropy", "size": "many examples"},
 )
 def _(right, g, z, t, counted, clip, smoothing, needs, saved):
     dz, _ = right(g, z, t, counted, clip, smoothing, needs, saved)
@@ -387,7 +387,7 @@ def _(right, y, y_pred, k):
 
 
 @mistake(
-    "labels that are no class hit",
+    "labels outside [0, C) hit",
     accuracy._in_top_k,
     features={"metric": "SparseTopKCategoricalAccuracy", "labels": "outside"},
 )
@@ -428,7 +428,7 @@ def _(right, values, weight, mask, kept):
 
 
 @mistake(
-    "ignored samples of a metric not counted",
+    "ignored positions of a metric not counted",
     metrics.SparseCategoricalCrossentropy.update,
     features={"metric": "SparseCategoricalCrossentropy"},
 )
@@ -439,7 +439,7 @@ def _(right, self, preds, target, weight=None, mask=None):
 
 
 @mistake(
-    "ignored samples of a metric weighted",
+    "ignored positions of a metric weighted",
     example_means,
     features={"metric": "SparseCategoricalCrossentropy"},
 )

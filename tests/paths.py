@@ -1,4 +1,4 @@
-"""Each way a row can be computed.
+"""Each path that computes a row.
 
 By the CPU's kernels; by those of any device, in one block or in many. And by Triton's: with
 --device cuda, or with TRITON_INTERPRET=1, for which Triton interprets them on the CPU.

@@ -1,4 +1,4 @@
-"""`cross_check.py batch`: a batch of one's own, and the rule that accounts for a difference."""
+"""`cross_check.py batch`: a batch of the user's, and the rule that accounts for a difference."""
 
 import re
 import tracemalloc
@@ -46,7 +46,7 @@ DISCREPANCIES = {
     "channels first": ((Y, Z.swapaxes(1, 2)), ["--from-logits", "--axis", "1"], [], None),
     "nothing left": (
         (Y * 0, Z), ["--from-logits", "--ignore-class", "0"], ["ignored labels"], "ignored labels"),
-    "PyTorch's own mark": (
+    "PyTorch's own default": (
         (np.where(IGNORED < 0, -100, Y), Z), ["--from-logits", "--ignore-class", "-100"], [], None),
     "a mask for each sequence": (
         (Y, Z, None, np.arange(6)[:, None] < 4), ["--from-logits"], ["mask"], "mask"),
@@ -303,12 +303,12 @@ def test_the_report_is_one_file_with_tables_and_pictures(run, tmp_path):
 @pytest.mark.parametrize(("arrays", "arguments", "message"), [
     ({"labels": Y, "y_pred": Z}, [], "the array y_true is missing; it has labels, y_pred"),
     ({"y_true": Y}, [], r"the array y_pred is missing; it has y_true\. Write the file with"),
-    ({"y_true": Y, "y_pred": Z, "weights": WEIGHT}, [], "weights is none of the arrays y_true, "),
+    ({"y_true": Y, "y_pred": Z, "weights": WEIGHT}, [], "weights is not one of the arrays y_true"),
     ({"y_true": Y[:5], "y_pred": Z}, [], r"y_true must have the shape of y_pred .* got \(5, 8\)"),
-    ({"y_true": Y, "y_pred": Y}, [], "of at most 64 bits, got int64; are y_true and y_pred exch"),
+    ({"y_true": Y, "y_pred": Y}, [], "of at most 64 bits, got int64; are y_true and y_pred swap"),
     ({"y_true": Y.astype(object), "y_pred": Z}, [], "arrays of numbers, got Python objects"),
     ({"y_true": Y.astype(str), "y_pred": Z}, [], "y_true must hold numbers .*, got <U"),
-    ({"y_true": Y[:0], "y_pred": Z[:0]}, [], r"shape \(0, 8, 5\): no samples"),
+    ({"y_true": Y[:0], "y_pred": Z[:0]}, [], r"shape \(0, 8, 5\): no positions"),
     ({"y_true": Y, "y_pred": Z.astype(np.longdouble)}, [], "of at most 64 bits, got float128"),
     ({"y_true": Y, "y_pred": Z}, ["--html", "/"], "/: is a folder; name a file"),
     ({"y_true": Y, "y_pred": Z}, ["--axis", "3"], "axis must be in"),
@@ -362,7 +362,7 @@ def test_more_than_rounding_is_not_called_so(run):
 
 def test_the_parts_that_are_left_out_are_counted(run):
     _, out = run((Y, Z, None, np.arange(6)[:, None] < 4), "--from-logits")
-    assert "16 of 48 samples are under a zero mask" in out
+    assert "16 of 48 positions have mask 0" in out
     line = "F.cross_entropy(y_pred.reshape(-1, 5), y_true.reshape(-1)) "
     assert line in " ".join(re.sub("[│\n]", " ", out).split())
 

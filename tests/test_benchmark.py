@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and says what it could not measure."""
+"""The benchmark measures what it reports, and reports what it could not measure."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a peer sets is set back."""
+    """A peer's global settings are restored."""
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     monkeypatch.setenv("KERAS_TORCH_DEVICE", "cpu")
 
@@ -185,7 +185,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = (Case((40, 10), quick=True), Case((4, 100), quick=True))
     for name, value in {"CASES": SMALL, "SWEEP": sweep, "QUICK": SHORT, "FULL": SHORT}.items():
         monkeypatch.setattr(command, name, value)
-    monkeypatch.setattr(measuring, "SAMPLE", 1e-5)
+    monkeypatch.setattr(measuring, "MEASUREMENT", 1e-5)
 
 
 def run(folder: Path, *arguments: str) -> dict:
@@ -208,8 +208,8 @@ def test_a_quick_run_prints_tables_and_writes_json_and_pictures(small, tmp_path,
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(found["cases"]) == 2 and len(found["sweep"]) == 2
     assert {"date", "options", "machine", "versions"} <= found.keys()
-    samples = found["cases"][0]["seconds"][CROSS_ENTROPY]["both"]
-    assert len(samples) == 2 and min(samples) > 0
+    measured = found["cases"][0]["seconds"][CROSS_ENTROPY]["both"]
+    assert len(measured) == 2 and min(measured) > 0
 
 
 @pytest.mark.usefixtures("tensorflow")

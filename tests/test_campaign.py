@@ -85,7 +85,7 @@ def test_an_interrupted_run_that_is_resumed_ends_as_one_that_was_not(workers, ru
     _, _, whole = run("whole.json")
     at_merge(3, interrupt)
     code, out, part = run("parts.json", "--workers", workers)
-    assert code == INTERRUPTED == 130 and "--resume goes on" in out
+    assert code == INTERRUPTED == 130 and "for --resume" in out
     assert 0 < part["cases"] < whole["cases"]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     code, out, resumed = run("parts.json", "--workers", workers, "--resume")
@@ -199,7 +199,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
 
 
 def test_without_an_oracle_nothing_is_said_of_keras(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(campaign, "LiveOracle", None)  # nobody is asked
+    monkeypatch.setattr(campaign, "LiveOracle", None)  # no Keras is run
     page = tmp_path / "page.html"
     code, out, found = run("found.json", "--html", str(page))
     assert code == AGREEMENT

@@ -77,7 +77,7 @@ def test_a_mismatch_names_its_case_and_the_command_that_shows_it():
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != SLOWEST])
 def test_every_path_agrees_with_keras(path, recorded, monkeypatch):
-    """Most cases are small: here they take the ways of large ones, and of other devices, too."""
+    """Most cases are small: here they take the paths of large ones, and of other devices, too."""
     take_path(path, monkeypatch)
     small = [(case, answer) for case, answer in recorded if case.y_pred.size < 60_000]
     cases = small[::2] if "many" in path else recorded
@@ -267,7 +267,7 @@ class TestCommand:
             code, out = self.run(capsys, *arguments, "--oracle", "recorded")
             assert code == NO_ORACLE
             assert f"answers are recorded for --seed 0 and cases below {CASES}" in out
-            assert "compared" not in out  # it says so at once
+            assert "compared" not in out  # raised at once
 
     def test_a_case_that_has_changed_is_not_compared_with_its_record(self):
         case = draw(SEED, 0)

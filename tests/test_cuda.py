@@ -14,14 +14,14 @@ from torch_sce.kernels.cuda import LONG, PROGRAMS, TILE, WIDE, Tile, choose_tile
 
 
 def loss_and_gradient(z, y, g, clip):
-    """Both passes on z as it lies in memory."""
+    """Both passes on z with its strides."""
     given = (z, y, counted_in(y), clip, False)
     loss, saved = cuda.forward(*given)
     return loss, cuda.backward(g, *given, saved)
 
 
 def check(z, y, g, clip):
-    """Both passes on z as it lies in memory against the definition in float64."""
+    """Both passes on z with its strides against the definition in float64."""
     loss, dz = loss_and_gradient(z, y, g, clip)
     exact = z.double().requires_grad_()
     right = definition(exact, y, clip)
@@ -101,7 +101,7 @@ def test_more_classes_than_the_grid_has_places_for_narrow_tiles():
 
 @pytest.mark.parametrize("tiles", [2, 5])
 def test_classes_that_are_shut_out_may_fill_whole_tiles(tiles):
-    """Minus infinity is the maximum there, and is not to be taken off itself."""
+    """Minus infinity is the maximum there, and must not be subtracted from itself."""
     z, y, g = rows(tiles * LONG, "logits", (2,))
     z[:, :LONG], z[1, -LONG:], y[:] = -torch.inf, -torch.inf, LONG + 3
     assert (choose_tile(z, rows_of(z)).splits > 1) == (tiles == 5)
@@ -178,7 +178,7 @@ def both_passes(g, given, needs=(True, True), kernels=cuda_targets) -> Any:
 
 
 def check_targets(z, t, g, clip, smoothing=0.0, counted=None):
-    """Both passes on z and t as they lie in memory against the definition in float64."""
+    """Both passes on z and t with their strides against the definition in float64."""
     needs = (True, t.is_floating_point())
     given = (counted, clip, smoothing)
     loss, dz, dt = both_passes(g, (z, t, *given), needs)
@@ -334,7 +334,7 @@ def test_logits_with_targets_may_be_anything(bad, place, small_tiles):
 
 @pytest.mark.parametrize("offset", [-200.0, 200.0, 1e5])
 def test_logits_with_targets_that_grow_from_block_to_block(offset, small_tiles):
-    """The sums of the blocks before are to be corrected for the larger maximum."""
+    """The sums of the blocks before must be corrected for the larger maximum."""
     z, t, g = rows_with_targets((3, 50), "logits")
     z += torch.linspace(-30, 30, 50) + offset
     z[2] = z[2].flip(0)

@@ -1,4 +1,4 @@
-"""Triton's kernels compile for GPUs, which takes none; and what stands where there is no Triton."""
+"""Triton's kernels compile for GPUs, which needs no GPU; and the fallback without Triton."""
 
 import re
 import sys
@@ -54,7 +54,7 @@ def compiled(kernel, dtype, tile, clip, ones, capability, targets="fp32", **opti
 
 
 def as_triton_reads(signature, divisible, constants):
-    """The signature, constants and attributes of a kernel, which Triton 3.2 takes otherwise."""
+    """The signature, constants and attributes of a kernel, which differ in Triton 3.2."""
     before = getattr(compiler, "AttrsDescriptor", None)
     if before is None:
         return signature, constants, {(at,): [["tt.divisibility", 16]] for at in divisible}
@@ -92,9 +92,9 @@ def test_every_kernel_of_targets_compiles(tile, clip, capability, dtype):
             assert _vectors_in(backward, "ld") == (1 if "dz" in absent else 2) * _vectors(dtype)
             assert _vectors_in(backward, "st") == (1 if absent else 2) * _vectors(dtype)
     forward = compiled(cuda_targets._forward, *given)
-    # An inexact quotient could lie on the other side of a bound.
+    # An inexact quotient could be on the other side of a bound.
     assert ("div.rn" in forward) == ("div.rn" in backward) == (clip is not None)
-    if part:  # probabilities are walked twice
+    if part:  # probabilities are read twice
         assert _vectors_in(forward, "ld") == (2 if clip is None else 3) * _vectors(dtype)
 
 

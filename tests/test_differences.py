@@ -195,8 +195,8 @@ def test_a_weight_per_sample_does_not_meet_the_time_axis(ask, argument):
     with pytest.raises(ValueError, match=rf"pass {argument}\[:, None\]"):
         value(y, square, **{argument: given})
     assert ask(y[:, :3], square[:, :3], **{argument: given}).error == "InvalidArgumentError"
-    per_sample = Loss(reduction="none")(y, square, **{argument: given[:, None]})
-    np.testing.assert_array_equal(per_sample[1:], 0)
+    per_position = Loss(reduction="none")(y, square, **{argument: given[:, None]})
+    np.testing.assert_array_equal(per_position[1:], 0)
 
 
 def test_what_is_masked_does_not_matter(ask):

@@ -83,7 +83,7 @@ def test_the_table_has_every_loss_and_metric():
 
 
 def test_the_lines_of_the_cross_check_are_those_of_the_recorded_run(capsys):
-    """Not the figures: they depend on the CPU, which is named beside them."""
+    """Not the numbers: they depend on the CPU, which the page names."""
     page = DOCS["cross-check.md"]
     assert main(["--oracle", "recorded"]) == 0
     printed = re.sub(r"[\d.]+", "N", capsys.readouterr().out)
@@ -91,7 +91,7 @@ def test_the_lines_of_the_cross_check_are_those_of_the_recorded_run(capsys):
     for line in block.splitlines():
         assert re.sub(r"[\d.]+", "N", line) in printed
     assert f" of {CASES} cases agree" in block and " 0 mismatches" in block
-    assert f"{CASES} random questions" in page
+    assert f"{CASES} random cases" in page
     assert f"{len(MUTATIONS)} deliberate mutations" in re.sub(r"\s+", " ", page)
 
 

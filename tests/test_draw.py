@@ -1,4 +1,4 @@
-"""The cases of the cross-check: the same on every machine, and over what the kernels tell apart."""
+"""The cases of the cross-check: the same on every machine, and over every path of the kernels."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def test_the_recorded_cases_are_the_same_and_agree_on_older_cpus(capability):
 
 
 def test_the_bits_are_these():
-    """Whatever the machine and NumPy's version."""
+    """On any machine, with any version of NumPy."""
     bits = Bits(3, 7)
     assert bits.integers(-5, 5, (6,)).tolist() == [-3, -2, -2, -5, 3, -5]
     assert bits.uniform((2,)).tolist() == [0.7310450198785265, 0.8510360511772499]

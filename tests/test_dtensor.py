@@ -29,7 +29,7 @@ pytestmark = [
     ),
 ]
 
-# Where predictions are, and what goes with them: whole batches or parts of them, parts of the
+# Placements of predictions and of the other tensors: whole batches or parts of them, parts of the
 # classes, or summands.
 PLACEMENTS = {
     "batch": ("batch", "batch"),

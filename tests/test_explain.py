@@ -1,4 +1,4 @@
-"""`explain`: its parts add up, it finds each planted mistake, and is silent on ordinary data."""
+"""`explain`: its parts add up, it finds planted mistakes, and reports nothing on ordinary data."""
 
 import re
 import sys
@@ -122,7 +122,7 @@ def calls(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(calls())
-def test_contributions_add_up_whatever_the_weights_are(call):
+def test_contributions_add_up_for_any_weights(call):
     loss, *arguments = call
     value = loss(*arguments).double().numpy()
     found = explain(loss, *arguments)
@@ -169,7 +169,7 @@ def test_weights_that_sum_to_0_are_named(arguments):
     )
     assert found.value == 0 and (found.positions["contribution"] == 0).all()
     text = " ".join(str(found).split())
-    assert wrong(found)[0] in ("a denominator of 0", "a mask that is none")
+    assert wrong(found)[0] in ("a denominator of 0", "a mask outside [0, 1]")
     assert arguments[0] is None or "the sum of the weights is 0, and a division by 0" in text
 
 
@@ -202,7 +202,7 @@ def test_a_subclass_with_its_own_arguments_is_explained():
 
 def test_a_forward_of_its_own_is_told():
     found = explain(Doubled(), ONE_HOT, LOGITS)
-    assert "Doubled overrides forward: its value may be another" in " ".join(str(found).split())
+    assert "Doubled overrides forward: its value may differ" in " ".join(str(found).split())
     assert found.value == explain(CategoricalCrossentropy(from_logits=True), ONE_HOT, LOGITS).value
 
 
@@ -381,9 +381,9 @@ PLANTED = {
     "soft labels": (logits_loss(), PROBABILITIES, LOGITS, {}, "use CategoricalCrossentropy"),
     "labels that are not whole": (
         logits_loss(), LABELS + torch.tensor([0.7, 0]).repeat(32), LOGITS, {},
-        r"32 of 64 .*, the first is \d\.7 at 0, which is taken for class \d"),
+        r"32 of 64 .*, the first is \d\.7 at 0, which is treated as class \d"),
     "probabilities that do not sum to 1": (
-        SparseCategoricalCrossentropy(), LABELS, LOGITS.sigmoid(), {}, r"run from \d\.\d+ to \d"),
+        SparseCategoricalCrossentropy(), LABELS, LOGITS.sigmoid(), {}, r"range from \d\.\d+ to \d"),
     "a softmax along the wrong axis": (
         SparseCategoricalCrossentropy(), BATCH_OF_SEQUENCES, SEQUENCES.softmax(1), {},
         "sum to 1 along axis 1, .* pass axis=1"),
@@ -408,12 +408,12 @@ PLANTED = {
         SparseCategoricalCrossentropy(), LABELS, (30 * LOGITS).softmax(-1), {},
         r"capped near 16\.1 and their gradient is exactly zero"),
     "one class": (logits_loss(), [0, 0], [[3.0], [-1.0]], {}, "use binary cross-entropy"),
-    "a mask that is none": (
-        logits_loss(), LABELS, LOGITS, {"mask": -(torch.arange(64) % 2)}, "run from -1 to 0"),
+    "a mask outside [0, 1]": (
+        logits_loss(), LABELS, LOGITS, {"mask": -(torch.arange(64) % 2)}, "range from -1 to 0"),
     "arguments that do not fit": (
         logits_loss(), LABELS[:60].reshape(6, 10), LOGITS[:60].reshape(6, 10, 10),
         {"sample_weight": torch.ones(6)}, r"pass sample_weight\[:, None\]"),
-    "targets that are no distribution": (
+    "targets that are not a distribution": (
         CategoricalCrossentropy(from_logits=True), ONE_HOT * 3, LOGITS, {}, "from 3 to 3"),
 }  # fmt: skip
 
@@ -426,7 +426,7 @@ def test_a_planted_mistake_is_found_alone_and_with_its_evidence(name):
     assert re.search(evidence, " ".join(str(found).split())), str(found)
 
 
-AT_SOME_SAMPLES = (
+AT_SOME_POSITIONS = (
     "logits passed as probabilities", "labels out of range", "labels that start at 1",
     "labels that look like an ignore value", "labels that are not whole",
     "probabilities that do not sum to 1", "a softmax along the wrong axis",
@@ -435,9 +435,9 @@ AT_SOME_SAMPLES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", AT_SOME_SAMPLES)
+@pytest.mark.parametrize("name", AT_SOME_POSITIONS)
 def test_a_mistake_under_a_mask_is_none(name):
-    """The same batch, masked, beside an ordinary one."""
+    """The same batch, masked, next to an ordinary one."""
     loss, y_true, y_pred, others, _ = PLANTED[name]
     good = torch.zeros_like(y_pred)
     if not loss.from_logits:
@@ -451,7 +451,7 @@ def test_a_mistake_under_a_mask_is_none(name):
 
 
 def ordinary(generator):
-    """A batch as a sound training has them: (loss, y_true, y_pred, sample_weight, mask)."""
+    """A batch as in ordinary training: (loss, y_true, y_pred, sample_weight, mask)."""
     pick = generator.choice
     classes = int(pick([2, 3, 4, 5, 10, 21, 100, 1000]))
     shape = (int(pick([1, 2, 3, 7, 32, 64])), *map(int, pick([3, 10, 21], pick([0, 0, 1, 2]))))
@@ -634,8 +634,8 @@ def test_the_mends_for_labels_from_1_with_a_void_work_in_any_order():
     assert wrong(found) == ["labels that look like an ignore value", "labels that start at 1"]
     ignoring = logits_loss(ignore_class=255)
     for loss in (logits_loss(), ignoring):
-        mend = explain(loss, labels, LOGITS).findings[-1].fix
-        assert mend == "Subtract 1: pass torch.where(y_true == 255, 255, y_true - 1)."
+        fix = explain(loss, labels, LOGITS).findings[-1].fix
+        assert fix == "Subtract 1: pass torch.where(y_true == 255, 255, y_true - 1)."
     assert wrong(explain(ignoring, torch.where(void, 255, labels - 1), LOGITS)) == []
 
 
@@ -648,7 +648,7 @@ def test_where_the_loss_raises_it_says_why():
     assert "raises ValueError" in found._repr_html_()
     swapped = explain(logits_loss(), LOGITS, LABELS)
     assert wrong(swapped) == ["arguments that do not fit"]
-    assert " ".join(str(swapped).split()).count("labels and predictions are exchanged") == 1
+    assert " ".join(str(swapped).split()).count("labels and predictions are swapped") == 1
     assert "y_true (64, 10) float32: does not fit y_pred" in str(
         explain(logits_loss(), LOGITS, LOGITS)
     )

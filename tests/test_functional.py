@@ -260,7 +260,7 @@ Z6, Y6 = predictions((6, 4)), labels((6,), 4)
 
 
 def advised(name: str, value) -> list[dict]:
-    """What the error that an argument raises says to pass, one dict for each way."""
+    """What the error for an argument says to pass, one dict for each way."""
     with pytest.raises(TypeError, match=f"^{name} must be ") as raised:
         SparseCategoricalCrossentropy(True)(**({"y_true": Y6, "y_pred": Z6} | {name: value}))
     text = re.search(r"\bpass (.*)$", str(raised.value))
@@ -332,7 +332,7 @@ ERRORS = [
     # arguments in PyTorch's order
     ((Z(4, 3), Z(4)), {}, ValueError, r"labels come first in loss\(y_true, y_pred\)"),
     ((Z(2, 5, 3), Z(2, 5)), {}, ValueError, r"as_criterion\(\)\(input, target\)"),
-    ((Z(2, 3, 5), Z(2, 5)), {"axis": 1}, ValueError, "fit if labels and predictions are exchanged"),
+    ((Z(2, 3, 5), Z(2, 5)), {"axis": 1}, ValueError, "fit if labels and predictions are swapped"),
     # one-hot labels
     ((Z(4, 3), Z(4, 3)), {}, ValueError, "one-hot, use CategoricalCrossentropy, or pass"),
     # shapes
@@ -380,7 +380,7 @@ ERRORS = [
     (([0], np.zeros((1, 3), np.longdouble)), {}, TypeError, "a dtype that PyTorch has, got float"),
     (([{"a": 1}], Z(1, 3)), {}, TypeError, r"y_true must hold numbers, got \[{'a': 1}\]"),
     (([0, 1, 2], Z(3)), {}, ValueError, r"must be \(B, C\): its class axis seems to be missing"),
-    ((Z(4, 3), Z(4, 1)), {}, ValueError, "fit if labels and predictions are exchanged"),
+    ((Z(4, 3), Z(4, 1)), {}, ValueError, "fit if labels and predictions are swapped"),
     (([0], Z(1, 3), Z(1)), {}, TypeError, "from_logits must be True or False, got a tensor"),
     (([0], Z(1, 3), "False"), {}, TypeError, "from_logits must be True or False, got 'False'"),
     (([[0, 1], [2]], Z(2, 2, 3)), {}, ValueError, "y_true must be a tensor or convertible"),

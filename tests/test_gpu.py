@@ -1,4 +1,4 @@
-"""What only a GPU can show: no waiting, no lost context, no limit at 2^31, the same bits twice."""
+"""What only a GPU can show: asynchrony, determinism, no lost context, no limit at 2^31."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ def counted_in(y):
 
 
 def row_losses(z, y, clip=None):
-    """As `samples` prepares them where it can read the labels, but for those of no class."""
+    """As `samples` prepares them where it can read the labels, except those outside [0, C)."""
     in_range = not kernels.is_traced() and bool(((y >= 0) & (y < z.shape[-1])).all())
     return kernels.row_losses(z, y, counted_in(y), clip, in_range)
 
@@ -87,7 +87,7 @@ def test_rows_equal_the_oracle(classes, model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_every_path_gives_the_definition_to_a_few_ulps(model, classes):
-    """Four roundings lie between them: of exp(z), s, g / s and a product, or of z - m instead."""
+    """Four roundings are between them: of exp(z), s, g / s and a product, or of z - m instead."""
     z, y, g = rows(classes, model)
     y[0, 0] = IGNORED
     fast, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
@@ -103,7 +103,7 @@ def test_every_path_gives_the_definition_to_a_few_ulps(model, classes):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_an_ignored_row_has_no_loss_and_no_gradient_whatever_it_holds(model):
+def test_an_ignored_row_has_no_loss_and_no_gradient_for_any_values(model):
     z, y, g = rows(7, model)
     z[1, 2], z[0, 1, 3], y[1, 2], y[0, 1] = torch.nan, torch.inf, IGNORED, IGNORED
     z.requires_grad_()
@@ -178,7 +178,7 @@ def test_functional_transforms_agree_with_autograd(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_ignored_rows_have_no_second_derivative_whatever_they_hold(model):
+def test_ignored_rows_have_no_second_derivative_for_any_values(model):
     z, y, g = rows(5, model, dtype=torch.float64)
     z[0, 1], y[0, 1] = torch.nan, IGNORED
     z.requires_grad_()
@@ -390,7 +390,7 @@ def test_the_loss_of_one_class_is_0(offset):
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_loss_is_negative(model, classes, draws):
-    """Confident rows, whatever outliers there are in them or in others."""
+    """Confident rows, with any outliers in them or in others."""
     seed, confident = draws.draw(integers(0, 99)), draws.draw(floats(0, 200))
     z, y, _ = rows(classes, "logits", shape=(40,), seed=seed)
     z = torch.where(torch.arange(classes) == y.unsqueeze(-1), z + confident, z)
@@ -614,7 +614,7 @@ def test_a_label_outside_of_all_slices_has_no_p(cut, model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_the_summary_is_what_is_saved(classes, model, kernels_):
-    """In shared rows too. Of rows that do not count nothing is said."""
+    """In shared rows too. Rows that do not count may have any label."""
     clip = MODELS[model]
     z, y, _ = rows(classes, model)
     y[0, 1], y[1, 2], y[2, 0] = -1, classes, IGNORED

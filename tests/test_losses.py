@@ -1,4 +1,4 @@
-"""The module: tutorials' numbers, options, and life inside PyTorch."""
+"""The module: tutorials' numbers, options, and PyTorch's features."""
 
 import copy
 import io
@@ -36,7 +36,7 @@ class TestTutorials:
         [([[0.99, 0, 0.01], [0.03, 0.97, 0], [0.01, 0, 0.99]], 0.016853359),
          ([[0.9, 0, 0.1], [0.1, 0.9, 0], [0.3, 0, 0.7]], 0.1891321)],
     )  # fmt: skip
-    def test_three_samples(self, y_pred, value):
+    def test_three_examples(self, y_pred, value):
         assert SparseCategoricalCrossentropy()([0, 1, 2], y_pred).item() == pytest.approx(
             value, abs=1e-7
         )
@@ -397,7 +397,7 @@ class TestCall:
         (CategoricalCrossentropy, (2, 3, 1), (2, 3)),
     ])  # fmt: skip
     def test_its_shapes_are_those_of_the_loss_without_reduction(self, cls, y, p):
-        """tf.keras gave these shapes, and float32, when it was asked."""
+        """These shapes, and float32, are those of tf.keras."""
         y = torch.ones(y) if cls is CategoricalCrossentropy else torch.zeros(y, dtype=torch.int64)
         p, loss = torch.rand(p), cls(reduction="none")
         assert torch.equal(loss.call(y, p), loss(y, p))
@@ -410,7 +410,7 @@ class TestCall:
 
 
 class TestValuesAtTheEdge:
-    """Rows of Keras's behaviour, as float32 loss and gradient; the live tests ask Keras itself."""
+    """Rows of Keras's behaviour, as float32 loss and gradient; the live tests run Keras itself."""
 
     PROBABILITIES: ClassVar = [
         ([0.05, 0.95, 0], 0, 2.995732, [-19, 1, 0]),
@@ -567,8 +567,8 @@ class TestModule:
 
     def test_per_sample_gradients_by_vmap(self):
         loss = SparseCategoricalCrossentropy(from_logits=True)
-        per_sample = torch.func.vmap(torch.func.grad(lambda z, y: loss(y, z)))(LOGITS, LABELS)
-        torch.testing.assert_close(per_sample, LOGITS.softmax(-1) - torch.eye(4)[LABELS])
+        per_example = torch.func.vmap(torch.func.grad(lambda z, y: loss(y, z)))(LOGITS, LABELS)
+        torch.testing.assert_close(per_example, LOGITS.softmax(-1) - torch.eye(4)[LABELS])
 
     def test_meta_and_fake_tensors_give_shapes(self):
         from torch._subclasses.fake_tensor import FakeTensorMode

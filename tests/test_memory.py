@@ -37,7 +37,7 @@ CASES = {
 def test_no_mode_takes_a_second_tensor_of_the_size_of_the_predictions(case, from_logits, dtype):
     """The gradient is one such tensor; for the rest there are blocks of 1 MiB, and rows.
 
-    The least that a second one could take are the 16 MiB of bfloat16.
+    A second one would take at least the 16 MiB of bfloat16.
     """
     options = {"axis": -1, "layout": lambda z: z.view(-1, 32000), "offset": 0.0, **CASES[case]}
     z = torch.arange(SIZE, dtype=torch.int16).to(dtype).mul_(2**-13).add_(options["offset"])

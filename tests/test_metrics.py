@@ -1,4 +1,4 @@
-"""The metrics: Keras's calls and means, and torchmetrics' life."""
+"""The metrics: Keras's methods and means, and torchmetrics' features."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, list]] = {name: {} for name in metrics.__all__} | {
 
 
 def batch(cls, shape=(6,), classes=4, seed=0):
-    """Labels and predictions as this metric takes them."""
+    """Labels and predictions for this metric."""
     generator = torch.Generator().manual_seed(seed)
     y, p = torch.randint(0, classes, shape, generator=generator), torch.rand(*shape, classes)
     if cls is metrics.Accuracy:
@@ -51,7 +51,7 @@ class TestEveryMetric:
             warnings.simplefilter("error")
             assert cls().result().item() == 0
 
-    def test_two_batches_give_the_mean_over_their_samples(self, cls):
+    def test_two_batches_give_the_mean_over_their_examples(self, cls):
         (y1, p1), (y2, p2) = batch(cls), batch(cls, (3,), seed=1)
         metric = cls()
         metric.update_state(y1, p1)
@@ -257,7 +257,7 @@ class TestEveryMetric:
 
 
 class TestMeans:
-    """`example_means`; the cross-check has all shapes of weights beside Keras."""
+    """`example_means`; the cross-check compares all shapes of weights with Keras."""
 
     VALUES = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
 
@@ -272,7 +272,7 @@ class TestMeans:
         got = example_means(self.VALUES, weight)
         assert float(got[0]) == pytest.approx(total) and float(got[1]) == pytest.approx(count)
 
-    def test_batches_of_other_lengths_weigh_by_their_samples(self):
+    def test_batches_of_other_lengths_weigh_by_their_examples(self):
         """Keras 3 has 0.5 here, Keras 2, which counts elements, 0.75."""
         metric = metrics.SparseCategoricalAccuracy()
         metric.update_state([[0, 0, 0]], torch.eye(2)[:1].expand(1, 3, 2))
@@ -313,13 +313,13 @@ def test_tensors_given_to_a_constructor_are_refused():
         metrics.SparseCategoricalAccuracy(*given)
     with pytest.raises(TypeError, match="k must be an integer"):
         metrics.SparseTopKCategoricalAccuracy(*given)
-    with pytest.raises(TypeError, match="are labels and predictions exchanged"):
+    with pytest.raises(TypeError, match="are labels and predictions swapped"):
         metrics.SparseCategoricalCrossentropy().update(y, p)
 
 
 class TestCollection:
     def test_top_1_and_top_5_stay_apart_even_if_their_first_batch_is_the_same(self):
-        """torchmetrics takes metrics for one if their states are equal after the first batch."""
+        """torchmetrics merges metrics if their states are equal after the first batch."""
         many = torchmetrics.MetricCollection({
             "top1": metrics.SparseTopKCategoricalAccuracy(k=1),
             "top2": metrics.SparseTopKCategoricalAccuracy(k=2),

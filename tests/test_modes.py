@@ -1,4 +1,4 @@
-"""What PyTorch tells under private names alone, and what an old compiler of it cannot read."""
+"""What PyTorch offers only as private functions, and what its old compiler cannot compile."""
 
 import ast
 import re

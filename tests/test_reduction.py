@@ -49,7 +49,7 @@ def test_every_reduction_equals_the_oracle(batch, reduction, data):
     exact = right(make_case(y, z, weight, mask, **options))
     want, slope = exact.value, exact.gradient
     assert slope is not None
-    # What is added up before it cancels: losses up to 40 + log 6, weights up to 3, 16 samples.
+    # What is added up before it cancels: losses up to 40 + log 6, weights up to 3, 16 positions.
     size = max(1.0, float(np.abs(want).max(initial=0)), 42 * 3 * (16 if reduction == "sum" else 1))
     if reduction == "mean_with_sample_weight":
         size *= 16 / max(0.25, abs(float(weight.sum())))
@@ -226,7 +226,7 @@ def test_a_small_divisor_divides():
 
 
 def test_one_sample_with_a_scalar_weight_is_not_averaged():
-    """tf.keras drops the axis of one sample when it meets a scalar; the live tests ask it too."""
+    """tf.keras drops the axis of a single position for a scalar weight; the live tests check it."""
     loss = SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
     z = torch.tensor([[0.0, 1.0]])
     assert loss([0], z, 2.0) == 2 * loss([0], z)

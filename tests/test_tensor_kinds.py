@@ -1,7 +1,7 @@
-"""Tensors that are more than memory, and calls that are more than eager: which path each takes.
+"""Tensors that are not plain, and calls that are not eager: which path each takes.
 
-The kernels look at values and write into memory of their own. That is for plain, dense tensors
-with nothing between them and PyTorch; all others take PyTorch's operations. Sizes lie below every
+The kernels read values and write into memory of their own. That is for plain, dense tensors
+without active modes or transforms; all others use PyTorch's operations. Sizes are below every
 threshold of the package and above, and results are compared with the definition in float64.
 """
 
@@ -348,7 +348,7 @@ class TestModes:
 
     @pytest.mark.parametrize("pre_dispatch", [False, True])
     def test_a_traced_graph_serves_other_values(self, pre_dispatch, model, size, path):
-        """No value has been looked at on the way."""
+        """No value has been read on the way."""
         problem, other = Problem(model, size), Problem(model, size, seed=1)
 
         def losses(z, y, mask):
@@ -547,7 +547,7 @@ class TestHooks:
 
 
 class TestDefaults:
-    """Global settings that are no business of a loss."""
+    """Global settings that must not affect a loss."""
 
     def results(self, problem):
         leaf = problem.z.clone().requires_grad_()

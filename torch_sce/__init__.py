@@ -1,7 +1,7 @@
 """tf.keras's `SparseCategoricalCrossentropy` in PyTorch: same numbers, same gradients.
 
-And what stands beside it: `CategoricalCrossentropy`, the functions, the accuracies. The metrics
-are in `torch_sce.metrics`, which needs torchmetrics.
+Also `CategoricalCrossentropy`, the functions and the accuracies. The metrics are in
+`torch_sce.metrics`, which needs torchmetrics.
 
 >>> import torch, torch_sce
 >>> loss = torch_sce.SparseCategoricalCrossentropy(from_logits=True)
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`torch_sce.metrics`, when it is first asked for: not everybody has torchmetrics."""
+    """`torch_sce.metrics`, imported on first use: torchmetrics is optional."""
     if name == "metrics":
         return importlib.import_module(".metrics", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

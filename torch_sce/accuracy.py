@@ -1,9 +1,9 @@
 """The accuracies as functions: for every position 1.0 if its prediction is right, otherwise 0.0.
 
-Integer labels go with the `sparse_` functions, one-hot labels with the others. Predictions may be
-logits or probabilities: only their order counts. Ties go to the lowest class number, but -0.0 is
-smaller than 0.0 unless the top k are wanted; a NaN is never the largest, and what is no class is
-never right. Labels are compared as they are: 257 is not 256, although it would be in bfloat16.
+Integer labels use the `sparse_` functions, one-hot labels the others. Predictions may be logits or
+probabilities: only their order matters. Ties go to the lowest class number, but -0.0 is smaller
+than 0.0, except for top-k. A NaN is never the largest, and a label outside `[0, C)` is never right.
+Labels are compared without rounding: 257 is not 256, although it would be in bfloat16.
 """
 
 import torch
@@ -27,7 +27,7 @@ def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
 
     Args:
         y_true: labels, of any real dtype, of `y_pred`'s shape without its last axis, or with a size
-            of 1 in its place. A label that is no whole number or no class is never right.
+            of 1 in its place. A label that is not a whole number in `[0, C)` is never right.
         y_pred: logits or probabilities, (..., C), of any real dtype.
 
     Returns:
@@ -35,10 +35,10 @@ def sparse_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
 
     Raises:
         ValueError: shapes that do not fit, no classes.
-        TypeError: what are not real numbers.
+        TypeError: arguments that are not real numbers.
 
     Differs from Keras: labels are not rounded to `y_pred`'s dtype, shapes that only broadcast
-    to each other are refused.
+    to each other raise an error.
 
     The rule is that of `keras.metrics.sparse_categorical_accuracy` on TensorFlow.
 
@@ -64,9 +64,9 @@ def categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
 
     Raises:
         ValueError: shapes that differ, no classes.
-        TypeError: what are not real numbers.
+        TypeError: arguments that are not real numbers.
 
-    Differs from Keras: other shapes are refused, even if they broadcast.
+    Differs from Keras: other shapes raise an error, even if they broadcast.
 
     The rule is that of `keras.metrics.categorical_accuracy` on TensorFlow.
 
@@ -89,7 +89,7 @@ def sparse_top_k_categorical_accuracy(
         y_true: labels, of any real dtype (floats are truncated toward zero), of `y_pred`'s shape
             without its last axis, or with a size of 1 in its place.
         y_pred: logits or probabilities, (..., C), with a batch axis. With `from_sorted_ids` the
-            class numbers of each position, best first, of which the first k are looked at.
+            class numbers of each position, best first, of which the first k are used.
         k: how many, at least 1.
         from_sorted_ids: whether `y_pred` holds class numbers.
 
@@ -98,9 +98,9 @@ def sparse_top_k_categorical_accuracy(
 
     Raises:
         ValueError: shapes that do not fit, no classes, a k below 1.
-        TypeError: what are not real numbers, a k that is not an integer.
+        TypeError: arguments that are not real numbers, a k that is not an integer.
 
-    Differs from Keras: predictions may have any real dtype, other shapes are refused.
+    Differs from Keras: predictions may have any real dtype, other shapes raise an error.
 
     The rule is that of `keras.metrics.sparse_top_k_categorical_accuracy` on TensorFlow.
 
@@ -133,7 +133,7 @@ def top_k_categorical_accuracy(y_true: ArrayLike, y_pred: ArrayLike, k: int = 5)
 
     Raises:
         ValueError: shapes that differ, no classes, a k below 1.
-        TypeError: what are not real numbers, a k that is not an integer.
+        TypeError: arguments that are not real numbers, a k that is not an integer.
 
     Differs from Keras: as `sparse_top_k_categorical_accuracy`.
 
@@ -182,7 +182,7 @@ def _batch(y_pred: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Where on the last axis the largest value is: the first of several, never a NaN.
+    """The index of the largest value on the last axis: the first of several, never a NaN.
 
     As in Keras 3 on TensorFlow, -0.0 is smaller than 0.0.
     """
@@ -192,7 +192,7 @@ def _largest(values: Tensor) -> Tensor:
     index = values.argmax(-1)
     largest = values.gather(-1, index.unsqueeze(-1))
     if values_can_be_read(values) and not (largest.isnan() | (largest == 0)).any():
-        return index  # argmax itself takes a NaN for the largest, and zeros for equal
+        return index  # argmax treats a NaN as the largest, and zeros as equal
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     values = torch.where(values.isnan(), -torch.inf, values)
     is_minus_zero = values.reciprocal() == -torch.inf  # Inductor fails on signbit before argmax
@@ -203,17 +203,17 @@ def _in_top_k(y: Tensor, y_pred: Tensor, k: int) -> Tensor:
     """As `tf.math.in_top_k`."""
     y_pred = whole_rows(y_pred)
     if not y_pred.is_floating_point():
-        y_pred = class_numbers(y_pred)  # unsigned ones know few operations
+        y_pred = class_numbers(y_pred)  # unsigned dtypes support few operations
     classes = y_pred.shape[-1]
     score = y_pred.gather(-1, y.clamp(0, classes - 1).unsqueeze(-1))
     larger = (y_pred > score).sum(-1)
     low, high = y_pred.aminmax(dim=-1)
-    k = min(k, classes)  # a k beyond int64 compares with nothing
+    k = min(k, classes)  # a k beyond int64 cannot be compared
     return (y >= 0) & (y < classes) & (larger < k) & low.isfinite() & high.isfinite()
 
 
 def _equal(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Whether they are the same number, class numbers without rounding."""
+    """Whether two labels are equal; integers are compared without rounding."""
     if y_true.is_floating_point() and y_pred.is_floating_point():
         # As in Keras, 0.1 in float64 equals 0.1 in float32.
         dtype = torch.float32 if y_pred.dtype in HALVES else y_pred.dtype

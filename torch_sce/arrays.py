@@ -1,4 +1,4 @@
-"""Anything a caller passes as a dense, real tensor, and errors that say how to make one of it."""
+"""Converts what a caller passes to a dense, real tensor, with errors that name the conversion."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
                 f"{name} must be on y_pred's device, {like.device}, got {value.device}: "
                 f"move it with {name}.to({str(like.device)!r})"
             )
-        tensor = value if like is None else value.to(like.device)  # moves scalars alone
+        tensor = value if like is None else value.to(like.device)  # moves only scalars
     else:
         device = torch.get_default_device() if like is None else like.device
         if isinstance(value, (bool, int, float)) and abs(value) < 2**63:
@@ -52,7 +52,7 @@ def floats(y_pred: ArrayLike) -> Tensor:
     if y_pred.dtype not in FLOATS:
         raise TypeError(
             f"y_pred must be float16, bfloat16, float32 or float64, got {y_pred.dtype}: "
-            "are labels and predictions exchanged?"
+            "are labels and predictions swapped?"
         )
     return y_pred
 
@@ -63,7 +63,7 @@ def float64_on(device: torch.device) -> torch.dtype:
 
 
 def require_dense(name: str, tensor: Tensor) -> None:
-    """Raises for a tensor that is more than its numbers, and names what makes a plain one of it."""
+    """Raises for a tensor that is not plain and dense, and names the conversion."""
     if isinstance(tensor, MaskedTensor):
         counted = f"{name}.get_mask()" + ".all(axis)" * _has_classes(name, tensor)
         plain = _unmasked(name, f"{name}.get_data()", counted, f"{name}.to_tensor(0)")
@@ -80,27 +80,27 @@ def require_dense(name: str, tensor: Tensor) -> None:
 
 
 def _check_placement(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raises where one is a DTensor and the other is not, unless that is a scalar."""
+    """Raises if exactly one of the two is a DTensor, unless `tensor` is a scalar."""
     here, there = (getattr(x, "placements", None) for x in (tensor, like))
     if (here is None) == (there is None) or tensor.ndim == 0:
         return
     if there is None:
         raise TypeError(
-            f"{name} must be no DTensor where y_pred is none, got one with placements {here}: "
+            f"{name} must not be a DTensor if y_pred is not, got one with placements {here}: "
             f"pass {name}.full_tensor(), or {name}.to_local() if y_pred is this rank's part"
         )
     raise TypeError(
-        f"{name} must be a DTensor, as y_pred is one with placements {there}, got none: pass "
+        f"{name} must be a DTensor, as y_pred is, with placements {there}, got a plain one: pass "
         f"torch.distributed.tensor.distribute_tensor({name}, y_pred.device_mesh, ...)"
     )
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-    """`value` as an array of its own: numbers, in a dtype that PyTorch has."""
+    """`value` as a new array of numbers, in a dtype that PyTorch has."""
     require_no_loss(name, value)
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or what only looks like one
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or the conversion fails
         raise ValueError(f"{name} must be a tensor or convertible to an array: {error}") from error
     if array.dtype.name == "bfloat16":  # TensorFlow's and JAX's arrays; NumPy has no such dtype
         array = array.astype(np.float32)
@@ -117,7 +117,7 @@ def to_array(name: str, value: Any) -> np.ndarray:
 
 
 def require_no_loss(name: str, value: Any) -> None:
-    """Raises for what NumPy would take without its gradients or its mask."""
+    """Raises for values whose gradients or mask NumPy would drop."""
     kinds, kind = _kinds_in(value), type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
         hidden = f"np.ma.getmaskarray({name})" + ".any(axis)" * _has_classes(name, value)
@@ -134,7 +134,7 @@ def require_no_loss(name: str, value: Any) -> None:
 
 
 def _kinds_in(value: Any) -> set[type]:
-    """The types of what is in a list, however deep."""
+    """The types of the elements of a nested list."""
     if not isinstance(value, (list, tuple)):
         return {type(value)}
     kinds = set(map(type, value))
@@ -143,7 +143,7 @@ def _kinds_in(value: Any) -> set[type]:
 
 
 def _joined(name: str, value: Any) -> str:
-    """What stands behind "a list of tensors": how to make one tensor of it."""
+    """The end of an error about a list of tensors: how to make one tensor of it."""
     if isinstance(value, PackedSequence):
         return f": pass {name}.data"
     if not all(isinstance(item, Tensor) for item in value):

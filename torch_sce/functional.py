@@ -25,7 +25,7 @@ def sparse_categorical_crossentropy(
             `y_pred`'s shape without its class axis, or with a size of 1 in its place.
         y_pred: logits or probabilities, (..., C), float16, bfloat16, float32 or float64.
         from_logits: whether `y_pred` holds logits.
-        ignore_class: a label, of a class or not, whose positions get loss 0 and gradient 0.
+        ignore_class: a label, in `[0, C)` or not, whose positions get loss 0 and gradient 0.
         axis: the class axis of `y_pred`.
 
     Returns:
@@ -91,7 +91,7 @@ def categorical_crossentropy(
     of the loss, smoothing follows `axis`, half-precision predictions give float32 losses.
 
     The rule is that of `keras.losses.categorical_crossentropy` on TensorFlow. Its probabilities
-    are normalised before they are clipped, the other way round than for integer labels.
+    are normalised before they are clipped; for integer labels they are clipped first.
 
     >>> y_true = [[0, 1, 0], [0, 0, 1]]
     >>> losses = categorical_crossentropy(y_true, [[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])

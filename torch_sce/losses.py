@@ -1,4 +1,4 @@
-"""The losses as modules: they hold options, and take a batch from its arguments to the value."""
+"""The losses as modules: they hold the options and compute the value of a batch."""
 
 import copy
 from abc import abstractmethod
@@ -30,7 +30,7 @@ Parser = Callable[[Any], Any]
 
 
 def _parsers(name: str, **own: Parser) -> dict[str, Parser]:
-    """Those of a loss's options, its `own` and what all have, in the order of its repr."""
+    """The parsers of a loss's options, its `own` and the common ones, in the order of its repr."""
     return {
         "from_logits": partial(parse_flag, "from_logits"),
         **own,
@@ -70,7 +70,7 @@ class _Loss(nn.Module):
     ) -> Tensor:
         """The loss: a scalar, or one value for each position if the reduction is "none".
 
-        What is not a tensor may be a number, a list or an array, and goes to `y_pred`'s device.
+        Arguments may also be numbers, lists or arrays; they are moved to `y_pred`'s device.
 
         Args:
             y_true: labels or targets, as the class says.
@@ -81,7 +81,7 @@ class _Loss(nn.Module):
                 predictions and weights are not read.
 
         Returns:
-            The value, in the loss's dtype. A gradient is in the dtype of what it is taken of.
+            The value, in the loss's dtype. Gradients have the dtypes of `y_pred` and `y_true`.
 
         Raises:
             ValueError: shapes that do not fit (arguments in PyTorch's order, one-hot labels, a
@@ -144,7 +144,7 @@ class _Loss(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """A loss with these options: our own `get_config()`, or that of a Keras loss.
 
-        What `keras.losses.serialize` returns, a config with the name of its class, is taken too.
+        What `keras.losses.serialize` returns, a config with the name of its class, is accepted too.
 
         >>> keras_config = {"name": "sce", "reduction": "sum", "from_logits": True,
         ...                 "ignore_class": None}
@@ -175,16 +175,16 @@ class SparseCategoricalCrossentropy(_Loss):
     Args:
         from_logits: whether predictions are logits; if not, they are probabilities. To match what
             Keras's `fit()` reports for a model that ends in a softmax, return the logits and pass
-            True: Keras looks through a softmax, and a loss in PyTorch cannot.
-        ignore_class: a label, of a class or not, whose positions do not count: loss 0, gradient 0,
+            True: Keras uses the logits under a softmax, and a loss in PyTorch cannot.
+        ignore_class: a label, in `[0, C)` or not, whose positions do not count: loss 0, gradient 0,
             and not in the denominator of a mean.
         reduction: "sum_over_batch_size" or its other names "mean" and "auto", "sum",
             "mean_with_sample_weight", "none" or None. `torch_sce.reduction` defines them.
         axis: the class axis of the predictions.
         name: a name, kept in the config.
-        dtype: the dtype of the result; None means float32, whatever the predictions are. Given as
-            a torch dtype, a name, a NumPy dtype or a Keras dtype policy. Predictions are cast
-            to it first. Halves are computed in float32 and cast at the end.
+        dtype: the dtype of the result; None means float32, for predictions of any dtype. Given
+            as a torch dtype, a name, a NumPy dtype or a Keras dtype policy. Predictions are cast
+            to it first. Half precision is computed in float32 and cast at the end.
 
     Options may be set later, `loss.reduction = "sum"`, under the same rules.
 
@@ -257,7 +257,7 @@ class CategoricalCrossentropy(_Loss):
     """The cross-entropy, in nats, between targets for every class and predictions.
 
     A drop-in for `tf.keras.losses.CategoricalCrossentropy`, for labels that are one-hot or soft.
-    For class numbers there is `SparseCategoricalCrossentropy`.
+    For class numbers use `SparseCategoricalCrossentropy`.
 
     Args:
         from_logits: whether predictions are logits; if not, they are probabilities. As for
@@ -269,7 +269,7 @@ class CategoricalCrossentropy(_Loss):
 
     The call is `loss(y_true, y_pred, sample_weight=None, mask=None)`. Targets have `y_pred`'s shape
     and any real dtype. They need not sum to 1, and get a gradient if they require one. Shapes do
-    not tell targets from predictions: mind the order.
+    not tell targets from predictions: check the order.
 
     Raises:
         ValueError: an unknown reduction or name of a dtype, a `label_smoothing` out of range.

@@ -1,23 +1,23 @@
-"""The metrics that stand beside the losses in Keras's `compile`, on torchmetrics' `Metric`.
+"""Keras's metrics for these losses, based on torchmetrics' `Metric`.
 
 Needs torchmetrics: `pip install torchmetrics`, or in a clone `pip install '.[metrics]'`.
 
-Each metric has the calls of both libraries, and each call the order of arguments of its own:
+Each metric has the methods of both libraries, each with its library's order of arguments:
 
     Keras           update_state(y_true, y_pred, sample_weight, mask)   result()    reset_state()
     torchmetrics    update(preds, target, sample_weight, mask)          compute()   reset()
 
 Calling the metric is torchmetrics' `forward(preds, target)`: it updates, and returns the value
-of this batch alone. What torchmetrics has works: collections, checkpoints, moving to a device,
-and the sum over the ranks of `torch.distributed`.
+of this batch alone. The features of torchmetrics work: collections, checkpoints, moving to a
+device, and the sum over the ranks of `torch.distributed`.
 
 Options are attributes, as in Keras: `metric.k`. `name` and `dtype` can be set later, the others
 cannot, since examples have been counted with them.
 
-The value is total / count, and 0 while there is no count. Every example is averaged over its
+The value is total / count, and 0 if the count is 0. Every example is averaged over its
 elements first, then the examples; `torch_sce.reduction.example_means` has the rule. Total and count
 are float64, also after `model.to(torch.bfloat16)`: the count of a float32 metric of Keras stops at
-2^24 examples. An update does not wait for the device. (MPS has no float64: there, keep metrics on
+2^24 examples. An update needs no host synchronisation. (MPS has no float64: there, keep metrics on
 the CPU.)
 """
 
@@ -88,7 +88,7 @@ class _Option:
 
 
 class _Mean(Metric):
-    """The mean over examples of what `_values` gives: Keras's `MeanMetricWrapper`."""
+    """The mean over examples of what `_values` returns: Keras's `MeanMetricWrapper`."""
 
     is_differentiable = False
     higher_is_better = True
@@ -99,9 +99,9 @@ class _Mean(Metric):
         self.options = options
         self.name = name
         self.dtype = dtype
-        # A MetricCollection takes metrics for one if their states have the same names and, after
-        # the first batch, the same values: top-1 and top-5 must not. So a checkpoint is one of
-        # these options, too.
+        # A MetricCollection merges metrics whose states have the same names and, after the first
+        # batch, the same values: top-1 and top-5 must stay apart. So a checkpoint fits only these
+        # options.
         about = re.sub(r"\W", "_", "_".join(map(str, [type(self).__name__, *options.values()])))
         self._names = (f"total_{about}", f"count_{about}")
         for state in self._names:
@@ -117,7 +117,7 @@ class _Mean(Metric):
 
     @_update_count.setter
     def _update_count(self, value: int) -> None:
-        # PyTorch 2.11 calls this after the compiled code, so it cannot ask what it is called by.
+        # PyTorch 2.11 calls this after the compiled code, so it cannot check what calls it.
         self._updated, self._updates = value > 0, value
 
     @property
@@ -197,15 +197,15 @@ class _Mean(Metric):
         """Adds a batch.
 
         Args:
-            y_true, y_pred: as the function of the same name takes them.
+            y_true, y_pred: as for the function of the same name.
             sample_weight: a weight for each example, (B,), or for each of its elements, (B, T); a
                 scalar makes the batch count as one example of that weight.
-            mask: where it is zero nothing counts, as with a weight of zero, and predictions,
-                labels and weights there do not matter.
+            mask: where it is 0 nothing counts, as with a weight of 0, and predictions, labels and
+                weights may have any value.
 
         Raises:
             ValueError: shapes that do not fit.
-            TypeError: what are not real numbers.
+            TypeError: arguments that are not real numbers.
         """
         self.update(y_pred, y_true, sample_weight, mask)
 
@@ -214,7 +214,7 @@ class _Mean(Metric):
         if self.update_called or torch.compiler.is_compiling():
             return self.compute()
         with warnings.catch_warnings():
-            # Keras has nothing to say of a metric that is asked before its first update.
+            # Keras does not warn about a metric without updates.
             warnings.filterwarnings("ignore", r"The ``compute`` method of metric")
             return self.compute()
 
@@ -361,7 +361,7 @@ class TopKCategoricalAccuracy(_Mean):
 
 
 class SparseCategoricalCrossentropy(_Mean):
-    """The mean cross-entropy, in nats, for integer labels. It has no gradient: it is no loss.
+    """The mean cross-entropy, in nats, for integer labels. It has no gradient: it is not a loss.
 
     As `tf.keras.metrics.SparseCategoricalCrossentropy`; the function
     `sparse_categorical_crossentropy` has the rule, and explains the options. As in Keras 3 an
@@ -404,7 +404,7 @@ class SparseCategoricalCrossentropy(_Mean):
 
 
 class CategoricalCrossentropy(_Mean):
-    """The mean cross-entropy, in nats, for one-hot labels. It has no gradient: it is no loss.
+    """The mean cross-entropy, in nats, for one-hot labels. It has no gradient: it is not a loss.
 
     As `tf.keras.metrics.CategoricalCrossentropy`; the function `categorical_crossentropy` has the
     rule, and explains the options.

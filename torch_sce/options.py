@@ -1,4 +1,4 @@
-"""What options may be, and how they go into configs and out of them."""
+"""Parses options, and converts them to and from configs."""
 
 import inspect
 import numbers
@@ -16,7 +16,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def parse_flag(name: str, value: Any) -> bool:
-    """Whether an option is on, as Keras takes it, but for what can only be a slip."""
+    """`value` as a bool, as in Keras; values that can only be a mistake raise."""
     if value is None or isinstance(value, (numbers.Real, np.bool_)):
         return bool(value)
     kind = "a tensor" if isinstance(value, Tensor) else repr(value)
@@ -82,7 +82,7 @@ def parse_name(name: Any, default: str) -> str:
 
 
 def parse_dtype(dtype: Any) -> torch.dtype:
-    """A floating-point torch dtype from any of the things that name one."""
+    """A floating-point torch dtype from anything that names one."""
     if dtype is None:
         return torch.float32
     dtype = getattr(dtype, "compute_dtype", dtype)  # a Keras policy
@@ -127,7 +127,7 @@ def options_in(config: Any, cls: type, base: type) -> dict[str, Any]:
 
 
 def _constructor_options(cls: type, ours: type) -> list[str]:
-    """What the constructor takes by name, through `**kwargs` what those of its bases do."""
+    """The names of the constructor's arguments, and with `**kwargs` those of its bases'."""
     taken = []
     for each in cls.__mro__:
         if "__init__" not in vars(each):
@@ -140,6 +140,6 @@ def _constructor_options(cls: type, ours: type) -> list[str]:
 
 
 def shown_options(config: dict[str, Any], default: dict[str, Any], always: str = "") -> str:
-    """The options that are not as they are by default, and one that is always shown."""
+    """The options that differ from their defaults, and one that is always shown."""
     shown = (key for key in config if key == always or config[key] != default[key])
     return ", ".join(f"{key}={config[key]!r}" for key in shown)

@@ -10,11 +10,11 @@ With losses l, weights w (1 if none are given) and a mask v (1 where a position 
     "mean_with_sample_weight" sum(w l v) / sum(w v)
 
 Losses (B, T) have B * T positions, and the weights are not in the denominator of a plain mean. A
-division by zero gives 0. `sum(w v)` runs over the weights as they were given, before they
-broadcast: a scalar weight is divided by itself once. A loss without axes is not averaged. The
+division by zero gives 0. `sum(w v)` is the sum of the weights as they were given, before
+they broadcast: a scalar weight is divided by itself once. A loss without axes is not averaged. The
 source is `keras.src.losses.loss.reduce_weighted_values`.
 
-Metrics have a rule of their own, see `example_means`.
+Metrics have their own rule, see `example_means`.
 """
 
 from typing import Any
@@ -29,28 +29,28 @@ from .options import MEANS
 def reduce(
     losses: Tensor, sample_weight: Tensor | None, mask: Tensor | None, reduction: str | None
 ) -> Tensor:
-    """The value of `losses`, which are 0 already where the mask is; the table above has the rules.
+    """The reduced value of `losses`, which are already 0 where the mask is 0; see the table above.
 
-    `sample_weight` and `mask` broadcast to the losses' shape, which a result "none" has.
+    `sample_weight` and `mask` broadcast to the losses' shape, the shape of the result for "none".
     """
     if sample_weight is None and mask is None and reduction in MEANS and losses.numel() > 0:
         return losses.mean()
     if reduction in ("none", None):
         return weighted(losses, sample_weight, mask, reduction)
-    if reduction == "sum" or (mask is None and reduction in MEANS):  # no tensor divides
+    if reduction == "sum" or (mask is None and reduction in MEANS):  # divided by a number
         count = 1 if reduction == "sum" else max(losses.numel(), 1)
         return weighted(losses, sample_weight, mask, reduction).sum() / count
     total, count = numerator_and_denominator(losses, sample_weight, mask, reduction)
     if reduction == "mean_with_sample_weight":
         return _ratio(total, count)
-    # Where a mask adds up to 0 and yet something counts, a NaN still shows, as it does in Keras.
+    # If the mask sums to 0 and yet something counts, a NaN stays NaN, as in Keras.
     return torch.where(count == 0, total * 0, _ratio(total, count))
 
 
 def weighted(
     losses: Tensor, sample_weight: Tensor | None, mask: Tensor | None, reduction: str | None
 ) -> Tensor:
-    """Each loss times its weight: what is added up."""
+    """Each loss times its weight: the terms of the sum."""
     factor = _factor(losses, sample_weight, mask, reduction)
     return losses if factor is None else losses * factor
 
@@ -58,11 +58,11 @@ def weighted(
 def numerator_and_denominator(
     losses: Tensor, sample_weight: Tensor | None, mask: Tensor | None, reduction: str | None
 ) -> tuple[Tensor, Tensor]:
-    """What the value of a mean or a sum is the quotient of: two scalars, 1 below a sum."""
+    """The numerator and denominator of a mean or a sum, two scalars; that of a sum is 1."""
     factor = _factor(losses, sample_weight, mask, reduction)
     total = (losses if factor is None else losses * factor).sum()
     if reduction in MEANS and mask is not None:
-        # Each entry of the mask stands for as many positions as it is broadcast to.
+        # Each entry of the mask counts once for each position it is broadcast to.
         return total, mask.to(losses.dtype).sum() * (losses.numel() / max(mask.numel(), 1))
     if reduction == "mean_with_sample_weight" and factor is not None:
         unreduced = is_scalar(losses, sample_weight, mask)
@@ -81,7 +81,7 @@ def example_means(
 
     Weights and masks belong to the leading axes of the values: (B,) has one for each example, (B,
     T) for each of its elements, and a scalar weight one for the batch, whose mean then counts as
-    one example. A mask is a weight, under which a zero hides even a NaN, of a value or a weight.
+    one example. A mask acts as a weight, and where it is 0 even a NaN is ignored.
 
     The source is `keras.src.metrics.reduction_metrics.reduce_to_samplewise_values`.
 
@@ -124,9 +124,9 @@ def _example_means(values: Tensor) -> Tensor:
 
 
 def _factor(losses: Tensor, weight: Any, mask: Tensor | None, reduction: Any) -> Tensor | None:
-    """What each loss is multiplied by. A plain mean counts a mask's entries as 0 or 1.
+    """The factor of each loss. A plain mean counts a mask's entries as 0 or 1.
 
-    Where the mask is 0 even an infinite weight or a NaN does not matter.
+    Where the mask is 0 the factor is 0, even for an infinite or NaN weight.
     """
     if mask is None:
         return None if weight is None else weight.to(losses.dtype)

@@ -1,8 +1,8 @@
 """What a caller passes to a loss, a function or a metric, as one checked value.
 
 All of Keras's rules for shapes and labels are here, once: which axis holds the classes, which
-shapes labels, weights and masks may have, which positions are ignored, what is an error, and the
-hint that goes with it. The kernels and `reduction` trust what `prepare` returns.
+shapes labels, weights and masks may have, which positions are ignored, what is an error, and its
+hint. The kernels and `reduction` trust what `prepare` returns.
 
     P   the shape of the losses: y_pred's without its class axis, one loss for each position
     C   the number of classes
@@ -149,8 +149,8 @@ def labels_for(
 ) -> Tensor:
     """`y_true` in the shape of the losses: `y_pred`'s without its class axis.
 
-    An axis of size 1 may stand where the classes are, and another one last of all. `sibling` is
-    what takes one-hot labels.
+    The class axis may be kept with size 1, and one more axis of size 1 may follow. `sibling` is
+    the class for one-hot labels.
     """
     shape = (*y_pred.shape[:axis], *y_pred.shape[axis + 1 :])
     labels = y_true
@@ -176,7 +176,7 @@ def _shape_message(y_true: Shape, y_pred: Shape, axis: int, wanted: Shape, sibli
     for swapped in {min(axis, len(y_true) - 1), len(y_true) - 1} if y_true else ():
         if (*y_true[:swapped], *y_true[swapped + 1 :]) in (y_pred, without_one):
             return (
-                f"{rule}. These shapes fit if labels and predictions are exchanged: labels come "
+                f"{rule}. These shapes fit if labels and predictions are swapped: labels come "
                 "first in loss(y_true, y_pred) and metric.update_state(y_true, y_pred), as in "
                 "Keras; predictions come first in loss.as_criterion()(input, target), "
                 "metric.update(preds, target) and metric(preds, target)."
@@ -201,7 +201,7 @@ def _shape_message(y_true: Shape, y_pred: Shape, axis: int, wanted: Shape, sibli
 
 
 def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with as many axes where one has a last axis of size 1 more, as Keras's losses do."""
+    """Both with the same rank, if one has an extra last axis of size 1, as in Keras's losses."""
     short, long = sorted((y_true.ndim, y_pred.ndim))
     if long - short != 1:
         return y_true, y_pred
@@ -217,7 +217,7 @@ def match_ranks(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
 def require_targets(
     y_true: Tensor, y_pred: Tensor, axis: int, sibling: str = "SparseCategoricalCrossentropy"
 ) -> None:
-    """Raises unless there is a target for every class. `sibling` is what takes class numbers."""
+    """Raises unless there is a target for every class. `sibling` is the class for class numbers."""
     if y_true.shape == y_pred.shape:
         return
     given, wanted = tuple(y_true.shape), tuple(y_pred.shape)
@@ -252,7 +252,7 @@ def not_ignored(labels: Tensor, ignore_class: Any) -> Tensor | None:
 
 
 def class_numbers(labels: Tensor) -> Tensor:
-    """Labels as int64: floats truncated toward zero; what has no class number becomes negative."""
+    """Labels as int64: floats truncated toward zero; NaN and huge ones end up outside `[0, C)`."""
     if labels.is_floating_point():
         wide = labels.to(float64_on(labels.device))
         # NaN, infinities and numbers beyond int64 have no defined conversion.
@@ -313,12 +313,12 @@ def aligned(
 
 
 def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """`value`, a weight or a mask, so that it broadcasts to the losses' shape and not beyond.
+    """`value`, a weight or a mask, reshaped so that it broadcasts to exactly the losses' shape.
 
     Keras adds or drops a last axis of size 1 where the ranks differ by one, then broadcasts.
 
-    Differs from Keras, which goes on where the result would be larger than the losses, or where
-    a weight for each example would meet the wrong axis: those raise a ValueError here.
+    Differs from Keras: a ValueError if the result would be larger than the losses, or if a weight
+    for each example would broadcast along the wrong axis.
     """
     rank = len(shape)
     given = tuple(value.shape)
@@ -353,7 +353,7 @@ def combine_masks(mask: Tensor | None, counted: Tensor | None) -> Tensor | None:
 
 
 def leading(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """`value`, a weight or a mask of a metric, so that its axes are the first of these.
+    """`value`, a weight or a mask of a metric, reshaped to the leading axes of `shape`.
 
     Raises:
         ValueError: a shape that does not fit.

@@ -2,11 +2,11 @@
 
     cases       what is measured: shapes, kinds of predictions, and the speed-ups we mean to reach
     peers       the implementations compared
-    measuring   the time and the peak memory of calls; knows nothing of the others
+    measuring   the time and the peak memory of calls; independent of the others
     results     measures the implementations on a case
-    tf_process  the same for tf.keras, in a process of its own
+    tf_process  the same for tf.keras, in a separate process
     report      tables for the terminal, JSON
-    plots       pictures
+    plots       plots as PNG files
     command     the command line, `python scripts/benchmark`
 
 A candidate is torch_sce or a peer: a function of labels and predictions that returns the mean

@@ -24,7 +24,7 @@ FULL, QUICK = (10.0, 5), (1.0, 3)  # of a case: seconds to spend, and rounds it 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; the exit code is 0 whatever the ratios are, 2 for wrong usage."""
+    """Runs the benchmark; the exit code is 0 for any ratios, 2 for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.worker:

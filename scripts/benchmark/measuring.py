@@ -1,8 +1,8 @@
 """The time and the peak memory of calls, on the CPU or a GPU.
 
 Calls are timed in rounds: after a warm-up each runs once a round, in a shuffled order, so that
-whatever else the machine does affects all of them. A sample is one call, or enough short calls to
-last SAMPLE seconds.
+other load on the machine affects all of them. A measurement is one call, or enough short calls to
+last MEASUREMENT seconds.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 FORWARD, BOTH = PASSES = ("forward", "both")
-SAMPLE = 1e-2  # seconds; in less, what the call before left in the caches would count
+MEASUREMENT = 1e-2  # seconds; in less, what the call before left in the caches would matter
 MOST_ROUNDS = 60
 
 Call = Callable[[], Any]
@@ -28,9 +28,9 @@ Effort = tuple[float, int]  # seconds to spend, and rounds to run in any case
 def interleaved(
     calls: Mapping[tuple[str, str], Call], device: str, effort: Effort
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every call, which has a name and a pass, in samples taken in turn."""
+    """Seconds of every call, which has a name and a pass, measured in turn."""
     warm = {key: min(duration(call, 1, device) for _ in range(2)) for key, call in calls.items()}
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name, _ in calls}
+    measured: dict[str, dict[str, list[float]]] = {name: {} for name, _ in calls}
     budget, least_rounds = effort
     order, shuffler, start = list(calls), random.Random(0), time.perf_counter()
     for done in range(MOST_ROUNDS):
@@ -38,10 +38,10 @@ def interleaved(
             break
         shuffler.shuffle(order)
         for name, which in order:
-            repetitions = math.ceil(SAMPLE / warm[name, which])
+            repetitions = math.ceil(MEASUREMENT / warm[name, which])
             seconds = duration(calls[name, which], repetitions, device)
-            samples[name].setdefault(which, []).append(seconds)
-    return samples
+            measured[name].setdefault(which, []).append(seconds)
+    return measured
 
 
 def duration(call: Call, repetitions: int, device: str) -> float:
@@ -53,7 +53,7 @@ def duration(call: Call, repetitions: int, device: str) -> float:
     kept = call()
     synchronize(device)
     elapsed = time.perf_counter() - start
-    del kept  # only now: a result outlives the call it came from
+    del kept  # deleted after the clock is read, as a caller would
     return elapsed / repetitions
 
 

@@ -66,7 +66,7 @@ def of_rows(case: Case, function: Loss) -> Loss:
 def compiled_cross_entropy(case: Case, device: str) -> Loss | None:
     if case.half_ignored or (case.dtype != "float32" and device == "cpu"):
         return None
-    torch._dynamo.reset()  # else a second shape makes it compile for any shape
+    torch._dynamo.reset()  # otherwise a second shape makes it compile for any shape
     return cross_entropy(case, device, torch.compile(F.cross_entropy, dynamic=False))
 
 

@@ -33,7 +33,7 @@ def to_json(everything: dict[str, Any]) -> str:
 def print_all(cases: Sequence[Result], sweep: Sequence[Result]) -> None:
     console = Console()
     if not console.is_terminal:
-        console.width = 130  # what reads it does not break lines
+        console.width = 130  # a file or a pipe has no line width
     print_times(console, cases)
     print_memory(console, cases)
     print_sweep(console, sweep)

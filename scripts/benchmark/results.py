@@ -14,7 +14,7 @@ from .measuring import BOTH, FORWARD, PASSES, Call, Effort, peak_memory, seconds
 from .peers import CANDIDATES, Loss
 
 COPY, AT_HAND, FRESH = "copy", "at hand", "fresh"
-MEASURABLE = 10e6  # bytes; below, what the allocator does anyway drowns the peak
+MEASURABLE = 10e6  # bytes; for less, the allocator's own memory hides the peak
 MEMORY_OF = (OURS, CROSS_ENTROPY, OF_LOG, COMPILED)
 
 
@@ -23,7 +23,7 @@ class Result:
     """What was measured on a case."""
 
     case: Case
-    # Seconds of each sample, by candidate and pass; of COPY by kind.
+    # Seconds of each measurement, by candidate and pass; of COPY by kind.
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     # Peaks over the predictions in units of their size; "forward" is without grad.
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Result:
 
     @property
     def fastest_copy(self) -> float:
-        """Nanoseconds per element: what the memory allows, whatever else went on."""
+        """Nanoseconds per element: the limit set by memory."""
         return 1e9 * min(self.seconds[COPY][AT_HAND]) / math.prod(self.case.shape)
 
     def peak(self, candidate: str, which: str) -> float:

@@ -2,21 +2,21 @@
 
     cases         what a case is
     draw          makes them at random: a seed and a number give the same case every time
-    bits          the random numbers it takes, the same on every machine
-    answers       an answer, and what we make of a case
-    live          asks tf.keras, or another Keras, in a process of its own (worker)
-    recorded      tf.keras's answers on file, for machines without TensorFlow
+    bits          the random numbers it uses, the same on every machine
+    answers       an answer, and our own answer to a case
+    live          runs tf.keras, or another Keras, in a separate process (worker)
+    recorded      tf.keras's recorded answers, for machines without TensorFlow
     reference     tf.keras's rules in float64: the right answer; reference_metrics: of metrics
     bounds        how far rounding may carry an answer from it
     differences   the rows in which we differ from tf.keras on purpose
     compare       judges a case: agrees, differs on purpose, or mismatch
-    tally         what came of many cases, added up
+    tally         the results of many cases, added up
     campaign      compares them, here or in several processes
-    results       that in tables and sentences, and the JSON file that keeps it
+    results       the results as tables and sentences, and their JSON file
     report        shows it in the terminal and as HTML (page, plots, templates)
     command       the command line, `python -m torch_sce.crosscheck`
 
-    batch         the same for one batch of a user's own, `... batch FILE.npz`
+    batch         the same for a single batch of the user's, `... batch FILE.npz`
     blocks        judges a large batch, some of its rows at a time
     rules         from F.cross_entropy to Keras's loss, one rule at a time
 

@@ -1,4 +1,4 @@
-"""What was answered to a case; and what this package answers."""
+"""Answers to a case, and this package's own."""
 
 import importlib
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ import torch
 
 from .cases import Batch, Case
 
-FLOAT64 = "float64"  # the oracle that asks nobody: the rules of `reference` alone
+FLOAT64 = "float64"  # the oracle without a Keras: only the rules of `reference`
 
 
 class OracleError(RuntimeError):
-    """The oracle is not installed, has crashed, or has no answer on file."""
+    """The oracle is not installed, has crashed, or has no recorded answer."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """A value and its gradients with respect to y_pred and to targets, or an error.
 
-    The value of a metric are its results after each update. Half-precision results are carried
-    in float32; the dtype's name says what they were. Of a large gradient that was recorded there
-    are some entries only, and their places in the flattened gradient.
+    The value of a metric is its results after each update. Half-precision results are stored in
+    float32; the dtype's name says what they were. For a large recorded gradient only some entries
+    are stored, with their places in the flattened gradient.
     """
 
     value: np.ndarray | None = None
@@ -44,7 +44,7 @@ class Answer:
 
 
 def ours(case: Case, device: str = "cpu", package: ModuleType | None = None) -> Answer:
-    """What `package`, torch_sce unless another is given, makes of the case."""
+    """What `package`, torch_sce unless another is given, answers to the case."""
     if package is None:
         import torch_sce as package
     try:

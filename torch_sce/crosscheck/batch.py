@@ -1,6 +1,6 @@
-"""`python -m torch_sce.crosscheck batch FILE.npz`: one batch of a user's own, from three sides.
+"""`python -m torch_sce.crosscheck batch FILE.npz`: a single batch of the user's, compared.
 
-What tf.keras, torch_sce and `F.cross_entropy` make of it, and which rule accounts for how much of
+The results of tf.keras, torch_sce and `F.cross_entropy`, and which rule accounts for how much of
 the difference.
 """
 
@@ -39,8 +39,8 @@ WEIGHTS = ("shape of a weight", "weight along the wrong axis")
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m torch_sce.crosscheck batch",
-        description="Shows what tf.keras, torch_sce and F.cross_entropy make of a batch of your "
-        "own, with integer labels, and which rule accounts for the difference.",
+        description="Shows the results of tf.keras, torch_sce and F.cross_entropy for your own "
+        "batch, with integer labels, and which rule accounts for the difference.",
         epilog="Write the file with np.savez(FILE, y_true=..., y_pred=..., sample_weight=..., "
         "mask=...); the last two may be left out. Exit code: 0 torch_sce agrees with tf.keras or "
         "differs on purpose, 1 a mismatch, 2 wrong usage, 3 no tf.keras.",
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.npz")
     add("--from-logits", action="store_true", help="y_pred holds logits, not probabilities")
-    add("--ignore-class", type=_number, metavar="LABEL", help="samples with it do not count")
+    add("--ignore-class", type=_number, metavar="LABEL", help="positions with it do not count")
     add("--reduction", choices=SCALARS, default="sum_over_batch_size", help="(%(default)s)")
     add("--axis", type=int, default=-1, help="the class axis of y_pred (%(default)s)")
     add("--dtype", type=_dtype, help="the loss's dtype (float32)")
@@ -62,7 +62,7 @@ def _number(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
     if not value.is_integer() or abs(value) >= 2**63:
-        return value  # no integer that TensorFlow has; as a float it takes any
+        return value  # not an integer of TensorFlow; as a float any number works
     return int(text) if text.strip().lstrip("+-").isdecimal() else int(value)
 
 
@@ -75,7 +75,7 @@ def _dtype(text: str) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """All that is shown."""
+    """Everything that is shown."""
 
     file: Path
     verdict: Verdict
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     if refused in MISFITS:
         line.error(f"{options.file}: {mine.message}")
     if not case.y_true.size:
-        line.error(f"{options.file}: y_pred has the shape {case.y_pred.shape}: no samples")
+        line.error(f"{options.file}: y_pred has the shape {case.y_pred.shape}: no positions")
     console.print(f"Starting {TARGET} ...", highlight=False)
     with LiveOracle(TARGET) as oracle:
         (keras,) = oracle.answers([case])
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
 
 
 def _steps(case: Case, mine: Answer, keras: Answer) -> list[Step]:
-    """The way from F.cross_entropy to the loss, or its first step where the loss raises."""
+    """The steps from F.cross_entropy to the loss, or only the first if the loss raises."""
     try:
         return steps(case, keras.gradient)[: 1 if mine.error else None]
     except ValueError:  # weights that do not fit
@@ -132,14 +132,14 @@ def _steps(case: Case, mine: Answer, keras: Answer) -> list[Step]:
 
 
 class Unreadable(Exception):
-    """What a file has wrong."""
+    """What is wrong with a file."""
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file.
 
     Raises:
-        Unreadable: there is no such file, it is no archive of arrays, or lacks or has one too many.
+        Unreadable: there is no such file, it is not an archive of arrays, or it has the wrong ones.
     """
     if not path.is_file():
         wrong = "is a folder; name a file" if path.is_dir() else "there is no such file"
@@ -164,7 +164,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if name not in (*NEEDED, *OPTIONAL):
             raise Unreadable(
-                f"{path}: {name} is none of the arrays {', '.join(NEEDED + OPTIONAL)}; {listed}"
+                f"{path}: {name} is not one of the arrays {', '.join(NEEDED + OPTIONAL)}; {listed}"
             )
         _require_numbers(path, name, array)
     return {
@@ -174,7 +174,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _require_numbers(path: Path, name: str, array: object) -> None:
-    if not isinstance(array, np.ndarray):  # other content, under such a name
+    if not isinstance(array, np.ndarray):  # not an array, in spite of its name
         raise Unreadable(f"{path}: {name} must be an array that np.savez wrote")
     kind = array.dtype.kind
     if kind in ("f" if name == "y_pred" else "biuf") and array.itemsize <= 8:
@@ -182,7 +182,7 @@ def _require_numbers(path: Path, name: str, array: object) -> None:
     wanted = "floating-point numbers" if name == "y_pred" else "numbers"
     hint = "; save bfloat16 as float32" if kind == "V" else ""
     if name == "y_pred" and kind in "biu":
-        hint = "; are y_true and y_pred exchanged?"
+        hint = "; are y_true and y_pred swapped?"
     raise Unreadable(
         f"{path}: {name} must hold {wanted} of at most 64 bits, got {array.dtype}{hint}"
     )
@@ -205,7 +205,7 @@ def show(console: Console, found: Found) -> None:
     for line in found.explanation.arguments:
         console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
     titles = {
-        "Three sides of the batch": _sides(found),
+        "Three results for the batch": _sides(found),
         "From F.cross_entropy to tf.keras, one rule at a time": _ladder(found),
     }
     for title, (header, *rows) in titles.items():
@@ -271,7 +271,7 @@ def _numbers(value: float | None, length: float | None, off: float | None) -> li
 
 
 def _sentences(found: Found) -> list[str]:
-    """What came of it, in words."""
+    """The result, in words."""
     said = [report.outcome(found.verdict)]
     said += [
         f"Looks wrong: {finding}" for finding in found.explanation.findings if finding.is_wrong
@@ -308,7 +308,7 @@ def _sentences(found: Found) -> list[str]:
 
 
 def to_html(found: Found) -> str:
-    """One file that needs no other."""
+    """A single self-contained file."""
     return page.render(
         "batch.html",
         found=found,

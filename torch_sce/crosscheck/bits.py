@@ -1,8 +1,9 @@
 """Random numbers that are the same bits on every machine and with every NumPy.
 
-NumPy keeps the streams of its bit generators, but not what `Generator` makes of them; and the last
-bit of its exp, log and power depends on the vector instructions of the processor. Here is nothing
-but integers, whose sums are exact, and single operations that IEEE 754 rounds in one way only.
+NumPy guarantees the streams of its bit generators, but not the numbers that `Generator` derives
+from them; and the last bit of its exp, log and power depends on the CPU's vector instructions.
+This module uses only integers, whose sums are exact, and single operations that IEEE 754 rounds in
+one way only.
 """
 
 import math
@@ -15,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 class Bits:
-    """A stream of random numbers that its key alone decides."""
+    """A stream of random numbers that depends only on its key."""
 
     def __init__(self, *key: int) -> None:
         self._raw = np.random.PCG64(key).random_raw
@@ -66,5 +67,5 @@ class Bits:
         return next(reversed(odds))
 
     def _words(self, shape: Shape) -> np.ndarray:
-        """64 bits for each element, in one axis: NumPy 1 has other rules for what has none."""
+        """64 bits for each element, on one axis: NumPy 1 has other rules for scalars."""
         return self._raw(math.prod(shape))

@@ -3,8 +3,8 @@
     the gradient   of a row needs its predictions, and the gradient with respect to its loss
     the value      needs the losses of all rows, one number each
 
-So `reference`'s rules look at one block of rows after the other, and at all losses together.
-Cases are those of `batch`: integer labels and a reduced loss. N samples, C classes.
+So `reference`'s rules are applied to one block of rows after the other, and to all losses together.
+Cases are those of `batch`: integer labels and a reduced loss. N positions, C classes.
 """
 
 import math
@@ -25,7 +25,7 @@ ZERO = np.zeros(())
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of the samples, by their numbers, and where they are."""
+    """Some of the positions, by their numbers, and where they are."""
 
     shape: tuple[int, ...]  # of the losses
     axis: int
@@ -38,17 +38,17 @@ class Rows:
 
 
 def blocks_of(shape: tuple[int, ...], axis: int, elements: int = 0) -> Iterator[Rows]:
-    """All samples of predictions of this shape, in parts of about so many elements."""
+    """All positions of predictions of this shape, in parts of about this many elements."""
     axis %= len(shape)
-    samples = shape[:axis] + shape[axis + 1 :]
+    positions = shape[:axis] + shape[axis + 1 :]
     per_block = max((elements or ELEMENTS) // shape[axis], 1)
-    total = math.prod(samples)
+    total = math.prod(positions)
     for start in range(0, total, per_block):
-        yield Rows(samples, axis, np.arange(start, min(start + per_block, total)))
+        yield Rows(positions, axis, np.arange(start, min(start + per_block, total)))
 
 
 class Gaps:
-    """How long a gradient is and how far from another, from parts of it that come one by one."""
+    """The length of a gradient and its distance from another, added up part by part."""
 
     def __init__(self, other: np.ndarray | None) -> None:
         self.other = other

@@ -1,14 +1,14 @@
-"""How far rounding may carry an answer from the float64 one of `reference`.
+"""How far rounding may move an answer from the float64 one of `reference`.
 
 The bounds follow from the operations, in units of u, half the spacing of the dtype at 1. A sum of
 n terms loses at most n * u of the sum of their magnitudes, and hardly more than GROWTH * sqrt(n)
 times u (Higham and Mary, 2019, "A new approach to probabilistic rounding error analysis": for
 independent roundings the chance of more is below 2 exp(-GROWTH^2 / 2)). Every other operation
-loses a u of its result, or two; exp multiplies what its argument has lost by the argument.
-`SLACK` counts the operations on the longest way from input to result.
+loses one or two u of its result; exp multiplies the loss of its argument by the argument. `SLACK`
+counts the operations on the longest path from input to result.
 
-A result below the dtype's least normal number may become 0: TensorFlow flushes such to zero, where
-others keep some of their digits. What is lost then, up to `LEAST`, is multiplied by what follows:
+A result below the dtype's least normal number may become 0: TensorFlow flushes it to zero, where
+others keep some of its digits. What is lost then, up to `LEAST`, is multiplied by what follows:
 `flushed` is that in units of u.
 """
 
@@ -67,7 +67,7 @@ class RowBounds:
     loss_size: np.ndarray
     gradient: np.ndarray
     gradient_size: np.ndarray
-    after: np.ndarray | float = 1.0  # what a product with g may be multiplied by on its way back
+    after: np.ndarray | float = 1.0  # what a product with g may be multiplied by going back
     target_gradient: np.ndarray | None = None
     keep: float = 1.0  # what smoothing leaves of a target
 
@@ -82,7 +82,7 @@ def expected(case: Case, poisons: bool = False) -> Expected:
 
 
 def bounded(case: Case, given: Given, rows: Losses, total: Reduced, off: RowBounds) -> Expected:
-    """The answer that these steps lead to, with its bounds."""
+    """The answer from these steps, with its bounds."""
     lost = flushed(case.loss_dtype)
     value_scale, value_size = value_bounds(given.positions, total, off, lost)
     g = np.abs(total.gradient)[..., None]
@@ -92,7 +92,7 @@ def bounded(case: Case, given: Given, rows: Losses, total: Reduced, off: RowBoun
     lost_of_g = lost * (np.abs(total.factor) + 1)[..., None]
     scale = g * (SLACK * off.gradient_size + off.gradient)
     scale = scale + lost_of_g * off.gradient_size + lost_of_product
-    # Infinite even if g is NaN; and where the row overflows, inf - inf may come on the way.
+    # Infinite even if g is NaN; and where the row overflows, inf - inf may occur.
     unsure = np.isinf(off.gradient) | (size >= LARGEST.get(row_dtype(case), np.inf))
     scale, target_scale = np.where(unsure, np.inf, scale), None
     if rows.target_gradient is not None and off.target_gradient is not None:

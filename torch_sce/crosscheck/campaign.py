@@ -1,7 +1,7 @@
 """Many cases: compared here or by several processes, a block of numbers at a time.
 
-A case depends on its seed and its number alone, so a process is told numbers and draws the cases
-itself; what it found comes back as a `Tally`.
+A case depends only on its seed and number, so a process gets numbers and draws the cases itself; it
+returns a `Tally`.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from .live import TARGET, LiveOracle
 from .recorded import RecordedOracle
 from .tally import Ranges, Tally, gaps
 
-BLOCK = 200  # cases: an interrupted run loses what it has of one
+BLOCK = 200  # cases: an interrupted run loses those of an unfinished block
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whom to ask about which cases, and where to compute."""
+    """Which oracles to use for which cases, and where to compute."""
 
     oracle: str
     device: str = "cpu"
@@ -50,24 +50,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Compared:
-    """One case: what came of it, and who answered what."""
+    """One case, its verdict and the answers to it."""
 
     verdict: Verdict
-    keras: Answer | None  # None: nobody was asked
+    keras: Answer | None  # None: without a Keras
     ours: Answer
     other: Answer | None = None  # of another Keras
 
 
 @dataclass(frozen=True)
 class Oracles:
-    """tf.keras, alive or on file, and another Keras beside it; None where nobody is asked."""
+    """tf.keras, live or recorded, and another Keras to compare with it; None if there is none."""
 
     target: LiveOracle | RecordedOracle | None
     other: LiveOracle | None
 
     @property
     def versions(self) -> dict[str, dict[str, str]]:
-        """By what they are of: the packages of tf.keras and of the other Keras, and ours."""
+        """By library: the packages of tf.keras and of the other Keras, and ours."""
         return {
             "target": self.target.versions if self.target else {},
             "other": self.other.versions if self.other else {},
@@ -125,7 +125,7 @@ def is_kept(case: Case, filters: Sequence[str]) -> bool:
 
 
 def tally_of(block: Block, compared: Iterable[Compared], name: str) -> Tally:
-    """What came of a block; `name` is that of the other Keras."""
+    """The tally of a block; `name` is that of the other Keras."""
     found = Tally(finished={block.seed: [(block.start, block.stop)]})
     for each in compared:
         found.add(each.verdict)
@@ -137,7 +137,7 @@ def tally_of(block: Block, compared: Iterable[Compared], name: str) -> Tally:
 def _add_comparison(found: Tally, case: Case, keras: Answer, other: Answer, name: str) -> None:
     right, _ = reference(case)
     if right is None and not keras.error and not other.error:
-        return  # both accept what we refuse: there is no bound to compare them by
+        return  # both accept what we refuse: there is no bound for comparing them
     text, kind = differs(keras, other, right, case), ""
     if text and (keras.error or other.error):
         kind = f"only {'tf.keras' if keras.error else name} raises"
@@ -155,7 +155,7 @@ def blocks(seeds: Iterable[int], cases: int, finished: dict[int, Ranges]) -> Ite
 
 
 class Here:
-    """Compares in this process; `seen` gets all of it. Use as a context manager."""
+    """Compares in this process; `seen` gets every result. Use as a context manager."""
 
     def __init__(
         self, plan: Plan, stopped: threading.Event, seen: list[Compared] | None = None
@@ -190,10 +190,10 @@ class Here:
 
 
 class Workers:
-    """Compares in several processes, each with oracles of its own. Use as a context manager.
+    """Compares in several processes, each with its own oracles. Use as a context manager.
 
-    A process that ends is raised as an `OracleError`. They end when this one does, however it
-    ends: their pipes close.
+    If one of them ends, an `OracleError` is raised. They end when this process does, for any
+    reason: their pipes close.
     """
 
     def __init__(self, plan: Plan, count: int, stopped: threading.Event) -> None:
@@ -243,7 +243,7 @@ class Workers:
         self, pipe: Connection, blocks: Iterator[Block], busy: dict[Connection, Block]
     ) -> None:
         for block in islice(blocks, 1):
-            with suppress(OSError):  # that it has ended is noticed where it should answer
+            with suppress(OSError):  # its end is noticed when it should answer
                 pipe.send(block)
             busy[pipe] = block
 
@@ -252,7 +252,7 @@ class Workers:
         while waiting and not self.stopped.is_set():
             for pipe in wait(list(waiting), timeout=0.2):
                 assert isinstance(pipe, Connection)
-                if not self.stopped.is_set():  # what ended the run may have ended the process
+                if not self.stopped.is_set():  # what stopped the run may have ended the process
                     yield pipe
 
     def _received(self, pipe: Connection, where: str) -> Any:
@@ -284,7 +284,7 @@ def work(pipe: Connection, plan: Plan) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Cases are small: a second thread costs more than it does. And figures do not vary with it."""
+    """One thread: cases are small, and the last digits depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -295,7 +295,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def ignoring_interrupts() -> Iterator[None]:
-    """Processes that are started meanwhile ignore Ctrl-C: who has started them ends them."""
+    """Processes that are started meanwhile ignore Ctrl-C: their parent ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -31,8 +31,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Case:
-    """Something that Keras has under this name, what it is given, and the features it is
-    counted under.
+    """A loss, function or metric of Keras by name, its arguments, and the features it is counted
+    under.
     """
 
     seed: int
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def steps(self) -> tuple[Batch | None, ...]:
-        """What a metric is given, one after the other."""
+        """The updates of a metric, in order."""
         return (self.batch, *self.more)
 
     @property
@@ -126,7 +126,7 @@ def pick_weights(
 ) -> tuple[str, np.ndarray]:
     """A kind of weights with these odds, and such weights.
 
-    `larger`: huge ones may be up to 2**99, not 2**79, which derivatives of probabilities bear.
+    `larger`: huge ones may be up to 2**99, not 2**79, the limit for gradients of probabilities.
     """
     kind = bits.pick(odds)
     weight = bits.integers(1, 13, shape) / 4

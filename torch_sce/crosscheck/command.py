@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # what reads it does not break lines
+        console.width = 120  # a file or a pipe has no line width
     try:
         if arguments[:1] == ["batch"]:
             return batch.main(arguments[1:], console)
@@ -65,39 +65,39 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description="Compares torch_sce with the real tf.keras on random cases: value, gradient, "
         "shape, dtype and errors.",
-        epilog="`batch FILE.npz` instead of options looks at a batch of your own: `batch --help`. "
+        epilog="`batch FILE.npz` instead of options compares your own batch: `batch --help`. "
         "Exit code: 0 all cases agree or differ on purpose, 1 a mismatch, 2 wrong usage, "
         "3 the oracle is missing or has crashed, 130 interrupted by Ctrl-C or SIGTERM.",
     )
     add = parser.add_argument
-    add("--cases", type=_from(1), default=CASES, help="how many to draw of a seed (%(default)s)")
-    add("--seed", type=_from(0), default=SEED, help="what to draw them from (%(default)s)")
-    add("--seeds", type=_from(1), default=1, help="how many seeds, from --seed on (%(default)s)")
-    add("--case", type=_from(0), metavar="NUMBER", help="this one alone, with all details")
+    add("--cases", type=_from(1), default=CASES, help="number of cases per seed (%(default)s)")
+    add("--seed", type=_from(0), default=SEED, help="the seed of the random cases (%(default)s)")
+    add("--seeds", type=_from(1), default=1, help="number of seeds, from --seed on (%(default)s)")
+    add("--case", type=_from(0), metavar="NUMBER", help="only this case, with all details")
     add(
         "--filter", action="append", default=[], metavar="'FEATURE: VALUE'",
         help="only cases with this feature, as the table names it, for example "
-        "'reduction: sum'; given more than once, all of them",
+        "'reduction: sum'; if given more than once, cases with all of them",
     )  # fmt: skip
     add(
         "--oracle", choices=(*LIVE, "recorded", FLOAT64), default=TARGET,
-        help=f"recorded: tf.keras's answers on file to --seed {SEED}, cases below {CASES}, no "
-        "TensorFlow needed; float64: nobody is asked, our answers are compared with the rules in "
-        "float64 alone; the others are asked beside tf.keras, to show where they differ from it "
+        help=f"recorded: tf.keras's recorded answers to --seed {SEED}, cases below {CASES}, no "
+        "TensorFlow needed; float64: without a Keras, our answers are compared only with the "
+        "rules in float64; the others are compared with tf.keras, to show where they differ "
         "(%(default)s)",
     )  # fmt: skip
     add("--device", default="cpu", help="where torch_sce computes: cpu, cuda, cuda:1, ...")
     add(
         "--workers", type=_from(1), default=1, metavar="N",
-        help="how many processes compare, each with an oracle of its own (%(default)s)",
+        help="number of processes, each with its own oracle (%(default)s)",
     )  # fmt: skip
     add(
         "--json", type=Path, metavar="FILE",
-        help=f"write all results there, every {SAVE_EVERY:.0f} s what is finished",
+        help=f"write all results to this file, also every {SAVE_EVERY:.0f} s during the run",
     )  # fmt: skip
     add(
         "--resume", action="store_true",
-        help="go on with what is finished in the --json file, if there is one",
+        help="continue the run in the --json file, if there is one",
     )  # fmt: skip
     add("--html", type=Path, metavar="FILE", help="write a report with plots there")
     add(
@@ -135,24 +135,24 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if options.case is not None and (options.resume or options.seeds > 1 or options.workers > 1):
         parser.error("--case is one case; --resume, --seeds and --workers are for many")
     if options.resume and options.json is None:
-        parser.error("--resume goes on with a file: name it by --json")
+        parser.error("--resume continues the run in a file: pass it as --json")
     everything = options.oracle == TARGET and not options.filter and options.case is None
     if options.record is not None and not everything:
-        parser.error("--record takes the answers of tf.keras to all cases")
+        parser.error("--record stores tf.keras's answers to all cases")
     if options.record is not None and (options.workers, options.seeds) != (1, 1):
-        parser.error("--record takes the cases of one seed in order: leave out --workers, --seeds")
+        parser.error("--record stores the cases of one seed in order: leave out --workers, --seeds")
     if options.record is not None and options.resume:
-        parser.error("--record takes all answers of one run: leave out --resume")
+        parser.error("--record stores all answers of one run: leave out --resume")
 
 
 def _require_recorded(options: argparse.Namespace) -> None:
-    """Raises OracleError now if the last case would."""
+    """Raises OracleError at the start if the last case would."""
     last = options.cases - 1 if options.case is None else options.case
     RecordedOracle().require_recorded(_seeds(options)[-1], last)
 
 
 def _check_filters(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the program with exit code 2 if no case has all that is asked for."""
+    """Ends the program with exit code 2 if no case passes all filters."""
     if not options.filter:
         return
     known: set[str] = set()
@@ -165,7 +165,7 @@ def _check_filters(parser: argparse.ArgumentParser, options: argparse.Namespace)
     for wanted in options.filter:
         if wanted not in known:
             listed = "\n  ".join(sorted(known))
-            parser.error(f"--filter {wanted!r}: no case has that. These there are:\n  {listed}")
+            parser.error(f"--filter {wanted!r}: no case has it. The features are:\n  {listed}")
     total = options.seeds * options.cases
     parser.error(f"--filter: none of {total} cases has all of {options.filter}")
 
@@ -220,7 +220,7 @@ def _start(
     options: argparse.Namespace,
     versions: dict[str, dict[str, str]],
 ) -> Results:
-    """The results of no case yet, or those of the run that goes on."""
+    """Empty results, or those of the run to resume."""
     setting = Setting(
         options.oracle, options.filter, _device_name(options.device),
         versions["target"] | versions["ours"], source(),
@@ -262,7 +262,7 @@ def _compare(
     results: Results,
     began: float,
 ) -> None:
-    """Adds what comes of the cases to the results, and writes them now and then, and at the end."""
+    """Adds the tallies of the cases to the results, and writes them regularly and at the end."""
     tally, earlier, saved = results.tally, results.seconds, began
     if options.case is not None:
         todo = iter([Block(options.seed, options.case, options.case + 1)])
@@ -285,9 +285,9 @@ def _interrupted(options: argparse.Namespace, console: Console, results: Results
     done = _count(results.tally.finished)
     if done:
         report.print_conclusion(console, results)
-    kept = f"is in {options.json}, --resume goes on" if options.json else "is lost without --json"
+    kept = f"are in {options.json}, for --resume" if options.json else "are lost without --json"
     console.print(
-        f"Interrupted: {done} of {_asked(options)} compared; what they gave {kept}.",
+        f"Interrupted: {done} of {_asked(options)} compared; their results {kept}.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return INTERRUPTED

@@ -18,7 +18,7 @@ GRADIENTS = ("gradient", "target_gradient")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one case. Errors are in ulps of the value's and the gradient row's size."""
+    """The verdict on one case. Errors are in ulps of the value's and the gradient row's size."""
 
     case: Case
     outcome: str  # AGREES, MISMATCH or DELIBERATE
@@ -26,7 +26,7 @@ class Verdict:
     ulps: dict[str, float] = field(default_factory=dict)  # "ours, value", ...
 
     def __str__(self) -> str:
-        """Which case, what came of it, and the command that shows it, if it was drawn."""
+        """The case, its outcome, and the command that shows it, if it was drawn."""
         case, mismatch = self.case, self.outcome == MISMATCH
         said = self.reason if mismatch else f"{self.outcome} {self.reason}".strip()
         if not case.features:
@@ -42,7 +42,7 @@ def mismatches(verdicts: Iterable[Verdict]) -> list[str]:
 def judge(case: Case, keras: Answer | None, ours: Answer, poisons: bool = False) -> Verdict:
     """Whether our answer is the right one, and Keras's the same or one we mean to differ from.
 
-    `keras`: None if nobody was asked, and ours is compared with the float64 answer alone.
+    `keras`: None if ours is compared only with the float64 answer.
     `poisons`: bad labels give NaN instead of an error, as they do on devices.
     """
     return judge_against(*reference(case, poisons), case, keras, ours, poisons)
@@ -82,7 +82,7 @@ def reference(case: Case, poisons: bool = False) -> tuple[Expected | None, str]:
 
 
 def differs(keras: Answer, ours: Answer, right: Expected | None, case: Case) -> str | None:
-    """In what two answers differ, in words; None if they agree within both their bounds.
+    """How two answers differ, in words; None if they agree within both their bounds.
 
     Each answer has the bound of the dtype it is computed in: Keras computes in the loss's.
     """
@@ -97,7 +97,7 @@ def differs(keras: Answer, ours: Answer, right: Expected | None, case: Case) -> 
 
 
 def differs_from_reference(ours: Answer, right: Expected | None, case: Case) -> str | None:
-    """In what our answer differs from the right one, whatever Keras says."""
+    """How our answer differs from the right one, in words; Keras's does not matter."""
     if right is None:
         intended = ours.error in ("ValueError", "TypeError")
         return None if intended else f"should raise a ValueError or TypeError, not {ours.error}"

@@ -1,6 +1,6 @@
 """Where the loss differs from tf.keras on purpose, one row each.
 
-A difference excuses a case only if it applies to it and our answer is the one that `reference`
+A difference accounts for a case only if it applies to it and our answer is the one that `reference`
 derives from our rule; anything else is a mismatch. docs/differences.md shows these rows.
 """
 
@@ -17,7 +17,7 @@ from .reference import HALVES, matched
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A case to which tf.keras and we have different answers."""
+    """A case for which tf.keras and we have different answers."""
 
     case: Case
     keras: Answer
@@ -97,7 +97,7 @@ def _something_is_masked(found: Disagreement) -> bool:
 
 
 def _hides(case: Case, batch: Batch) -> bool:
-    """Whether a mask has zeros, or labels are ignored whose weights may be NaN."""
+    """Whether a mask has zeros, or weights of ignored labels may be NaN."""
     if batch.mask is not None and not np.all(batch.mask):
         return True
     ignored, weight = case.options.get("ignore_class"), batch.sample_weight
@@ -107,7 +107,7 @@ def _hides(case: Case, batch: Batch) -> bool:
 
 
 def _mask_meets_others(case: Case) -> bool:
-    """Of a metric, the samples that are not ignored are a mask, if there is another factor."""
+    """For a metric, `ignore_class` acts as a mask if there is another factor."""
     ignores = case.options.get("ignore_class") is not None
     return any(
         (batch.mask is not None) + (batch.sample_weight is not None) + ignores > 1
@@ -200,7 +200,7 @@ DIFFERENCES = (
     ),
     Difference(
         "rounded labels",
-        "labels that the loss's dtype cannot hold, or those of an accuracy the predictions' dtype",
+        "labels that the loss's dtype (for an accuracy the predictions' dtype) cannot represent",
         "rounded: under float16, 2049 becomes 2048; under float32, 1.999999999 becomes 2",
         "never rounded; labels stay integers, `ignore_class` is compared exactly",
         None,
@@ -216,7 +216,7 @@ DIFFERENCES = (
     ),
     Difference(
         "half-precision function",
-        "the crossentropy functions, and metrics, of half-precision predictions",
+        "the crossentropy functions and metrics, for half-precision predictions",
         "computed and returned in that dtype",
         "computed and returned in float32",
         False,
@@ -224,7 +224,7 @@ DIFFERENCES = (
     ),
     Difference(
         "larger than the losses",
-        "`sample_weight` or mask that would enlarge the loss, `(B, B)` on `(B,)`",
+        "`sample_weight` or mask that broadcasts the losses to a larger shape, `(B, B)` on `(B,)`",
         "outer product",
         "`ValueError`: a weight must broadcast to the losses' shape",
         False,
@@ -234,7 +234,7 @@ DIFFERENCES = (
         "wrong axis",
         "`sample_weight` or mask `(B,)` on losses `(B, T)` with B = T",
         "silently weights the time axis (with B != T it raises)",
-        "`ValueError` naming `sample_weight[:, None]`",
+        "`ValueError` that suggests `sample_weight[:, None]`",
         False,
         _refused_for("weight along the wrong axis"),
     ),
@@ -258,16 +258,16 @@ DIFFERENCES = (
         "masked values",
         "predictions, labels and weights where a mask is 0; a weight whose label is ignored",
         "NaN * 0 = NaN; a label outside `[0, C)` raises",
-        "not read: they contribute exactly 0, gradient exactly 0; labels may be anything",
+        "not read: they contribute exactly 0, gradient exactly 0; labels may have any value",
         None,
         _something_is_masked,
     ),
     Difference(
-        "mask with company",
-        "a mask together with `ignore_class` or `sample_weight`; of a metric, also these two",
+        "combined masks",
+        "a mask with `ignore_class` or `sample_weight`; for a metric also these two together",
         "matched to each other before the losses: raises for an integer mask or `(B, T, 1)` on "
         "`(B, T)`, or enlarges the result, or weights the wrong axis",
-        "each is matched to the losses' shape; a sample counts if both say so",
+        "each is matched to the losses' shape; a position counts if it counts in both",
         None,
         _of_case(_mask_meets_others),
     ),
@@ -282,7 +282,7 @@ DIFFERENCES = (
     Difference(
         "two trailing 1",
         "labels `(B, T, 1, 1)` for predictions `(B, T, C)`",
-        "accepted by the class; refused or left in the result's shape by the function",
+        "accepted by the class; the function raises, or keeps the axes in the result",
         "accepted by both",
         None,
         _of_case(_two_trailing_ones),
@@ -290,13 +290,13 @@ DIFFERENCES = (
     Difference(
         "one class",
         "labels `(B, T)` for one class, `(B, T, 1)`; labels `(B, 1)` for predictions `(B,)`",
-        "raises, or drops an axis of the result; takes `(B,)` for one class, loss 0",
-        "as with more classes; `ValueError`",
+        "raises, or drops an axis of the result; treats `(B,)` as one class, with loss 0",
+        "as for more classes; `ValueError`",
         None,
         _of_case(_there_is_one_class),
     ),
     Difference(
-        "no samples",
+        "no positions",
         "reduced loss of an empty batch",
         "shape `(0,)`",
         "a scalar 0.0: a reduced loss is always a scalar",
@@ -304,10 +304,10 @@ DIFFERENCES = (
         _of_case(_is_empty),
     ),
     Difference(
-        "targets that are no distribution",
+        "targets that do not sum to 1",
         "`CategoricalCrossentropy` from logits, targets that do not sum to 1",
         "gradient softmax - y, as if they did",
-        "the derivative of the loss: Σy · softmax - y",
+        "the gradient of the loss: Σy · softmax - y",
         False,
         _of_case(_targets_are_no_distribution),
     ),
@@ -329,7 +329,7 @@ DIFFERENCES = (
     ),
     Difference(
         "no classes",
-        "`CategoricalCrossentropy` of predictions without a class",
+        "`CategoricalCrossentropy` of predictions with 0 classes",
         "0",
         "`ValueError`, as for integer labels",
         False,
@@ -337,18 +337,18 @@ DIFFERENCES = (
     ),
     Difference(
         "shapes of metrics",
-        "labels of an accuracy in another shape than the predictions'",
-        "broadcast, or flattened if there are as many of them",
-        "`ValueError`, but for one or two axes of size 1 at the end",
+        "labels of an accuracy in a shape that does not fit the predictions'",
+        "broadcast, or flattened if the numbers of elements agree",
+        "`ValueError`, except for one or two trailing axes of size 1",
         None,
         _shapes_only_broadcast,
     ),
     Difference(
-        "axes of size 1 behind a weight",
+        "trailing axes of size 1 of a weight",
         "`sample_weight` or mask of a metric with two axes of size 1 too many, `(B, 1, 1)` on "
         "values `(B,)`",
-        "raises, but takes a mask and a weight of which only one has them",
-        "they are dropped, as one is",
+        "raises, but accepts a mask and a weight if only one has these axes",
+        "both are dropped, as a single one is",
         True,
         _of_case(_axes_of_1_follow),
     ),
@@ -363,7 +363,7 @@ DIFFERENCES = (
     Difference(
         "k below 1",
         "top-k accuracy with a k below 1",
-        "accepted: nothing is right",
+        "accepted: the accuracy is 0",
         "`ValueError`",
         None,
         _refused_for("k"),

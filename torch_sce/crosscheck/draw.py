@@ -1,15 +1,15 @@
 """Random cases over everything the loss accepts, and much that it must refuse.
 
-A case is drawn from `(seed, index)` alone, so any one can be drawn again by itself. Most options
-stay ordinary in most cases: what is odd then meets ordinary company, and two odd things meet
-often enough.
+A case depends only on `(seed, index)`, so any case can be drawn again by itself. Most options have
+ordinary values in most cases: an unusual value mostly occurs alone, and pairs of them often
+enough.
 
-Values are chosen so that the answer does not depend on luck. Weights that may add up to zero are
-multiples of 1/4, whose sums are exact in any order and dtype: a denominator is zero for everybody
-or for nobody. `Bits` gives the same case on every machine.
+Values are chosen so that the answer does not depend on rounding. Weights that may add up to zero
+are multiples of 1/4, whose sums are exact in any order and dtype: a denominator is zero in every
+implementation or in none. `Bits` gives the same case on every machine.
 
-Code for large tensors takes other ways than code for small ones, so some cases are `LARGE`; and
-what is far from the rest, or tiny, or huge, is drawn most often for these.
+Large tensors use other code paths than small ones, so some cases are `LARGE`; outliers, tiny and
+huge values are drawn most often for these.
 """
 
 import math
@@ -68,7 +68,7 @@ def _loss(bits, seed: int, index: int, name: str) -> Case:
         weight = _weights(bits, features, options, loss_shape)
         mask = _mask(bits, features, loss_shape)
     if y_pred_dtype == "float32" and not _is_large(features) and bits.chance(0.03):
-        as_lists, mask = True, None  # lists carry none
+        as_lists, mask = True, None  # lists have no mask
     features["given as"] = "lists" if as_lists else "arrays"
     batch = Batch(y_true, y_pred, y_pred_dtype, weight, mask)
     losses = max(label.size, y_pred.size // max(1, y_pred.shape[-1]))  # if that is a trailing 1
@@ -88,8 +88,8 @@ def _shape(bits, features) -> tuple[tuple[int, ...], int]:
     rank = bits.pick({0: 1, 1: 8, 2: 6, 3: 2})
     loss_shape = tuple(bits.integer(1, 7) for _ in range(rank))
     classes = bits.integer(2, 12)
-    kind = bits.pick({"small": 30, "one class": 2, "no samples": 1, "square": 6, "B = 1": 2,
-                       "many samples": 2, "many classes": 2, "no classes": 0.5, "large": 0.5,
+    kind = bits.pick({"small": 30, "one class": 2, "no positions": 1, "square": 6, "B = 1": 2,
+                       "many examples": 2, "many classes": 2, "no classes": 0.5, "large": 0.5,
                       "very many classes": 0.08})  # fmt: skip
     if kind == "one class":
         classes = 1
@@ -101,9 +101,9 @@ def _shape(bits, features) -> tuple[tuple[int, ...], int]:
         loss_shape, classes = _large_shape(bits)
     elif kind == "very many classes":  # and too few rows to be large
         classes, loss_shape = bits.integer(20_000, 60_000), (1, 2) if rank else ()
-    elif kind == "many samples":
+    elif kind == "many examples":
         loss_shape = (bits.integer(200, 800), *loss_shape[1:2])
-    elif kind == "no samples" and rank > 0:
+    elif kind == "no positions" and rank > 0:
         empty = bits.integer(0, rank)
         loss_shape = tuple(0 if i == empty else n for i, n in enumerate(loss_shape))
     elif kind == "square" and rank > 1:
@@ -162,7 +162,7 @@ def _set_apart(bits, z, label, kind) -> None:
     elif kind == "gaps":  # in one row, or in some
         rows = every[bits.flags(0.3, label.shape)] if bits.chance(0.5) else every[-1:]
         top, below = 10 + 18 * bits.uniform(rows.shape), -60 - 19 * bits.uniform(rows.shape)
-        if bits.chance(0.4):  # beyond what exp can bear
+        if bits.chance(0.4):  # exp overflows
             top, below = 3 * top, 2 * below
         z[rows, (label[rows] + 1) % z.shape[1]] = top
         z[rows, label[rows]] = below
@@ -231,7 +231,7 @@ def _axis(bits, features, y_pred, other: float) -> tuple[np.ndarray, int]:
 
 
 def _labels(bits, features, labels, classes) -> tuple[np.ndarray, Any]:
-    """Labels and the class to ignore, which have to know of each other."""
+    """Labels and the class to ignore, which depend on each other."""
     shape = labels.shape
     kind = bits.pick({"none": 20, "a class": 3, "-1": 4, "255": 2, "-100": 1, "all": 1,
                        "a float": 1, "absent": 1, "True": 0.5})  # fmt: skip
@@ -309,7 +309,7 @@ def _target_shape(bits, features, y_true, y_pred) -> tuple[np.ndarray, np.ndarra
     if _is_large(features):
         return y_true, y_pred
     kind = bits.pick({"plain": 30, "trailing 1": 1, "y_pred has a trailing 1": 1, "class numbers":
-                      0.5, "one sample": 0.5, "other classes": 0.5})  # fmt: skip
+                      0.5, "one example": 0.5, "other classes": 0.5})  # fmt: skip
     features["shape of y_true"] = kind
     if kind == "trailing 1":
         return y_true[..., None], y_pred
@@ -317,7 +317,7 @@ def _target_shape(bits, features, y_true, y_pred) -> tuple[np.ndarray, np.ndarra
         return y_true, y_pred[..., None]
     if kind == "class numbers":
         return y_true[..., 0] if y_true.shape[-1] else y_true, y_pred
-    if kind == "one sample":
+    if kind == "one example":
         return y_true[:1], y_pred
     if kind == "other classes":
         return np.concatenate([y_true, y_true], -1), y_pred
@@ -357,7 +357,7 @@ def _reduction(bits, features) -> Any:
 
 
 def _weight_shape(bits, loss_shape, large: bool) -> tuple[str, tuple[int, ...]]:
-    """The name of a shape, and the shape: all that Keras's rules accept, and some they do not."""
+    """The name of a shape, and the shape: all those that Keras accepts, and some others."""
     full = loss_shape
     if large:  # others could make an outer product of it
         return "losses' own", full

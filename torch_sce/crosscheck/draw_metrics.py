@@ -42,10 +42,10 @@ def draw_metric(bits: Bits, seed: int, index: int) -> Case:
             steps.append(_batch(bits, {}, name, options, rank, classes, dtype))
         features["updates"] = f"{updates}{', reset between' if None in steps else ''}"
     as_lists = dtype == "float32" and form == "metric" and bits.chance(0.05)
-    # Lists do not say what is behind an axis of size 0.
+    # Lists do not say what follows an axis of size 0.
     as_lists &= all(step is None or step.y_pred.size > 0 for step in steps)
     features["given as"] = "lists" if as_lists else "arrays"
-    if as_lists:  # which carry no mask
+    if as_lists:  # which have no mask
         steps = [step and replace(step, mask=None) for step in steps]
     first = steps[0]
     assert first is not None

@@ -1,4 +1,4 @@
-"""A Keras in a process of its own, `worker.py`: cases go there, answers come back."""
+"""A Keras in a separate process, `worker.py`, which gets cases and returns answers."""
 
 import pickle
 import queue
@@ -27,10 +27,10 @@ INSTALL = {
 
 
 class LiveOracle:
-    """A Keras in a subprocess of its own, asked a batch of cases at a time.
+    """A Keras in a subprocess, which gets a batch of cases at a time.
 
-    It has the next batches before the answers to one are taken, so that it need not wait. Use as
-    a context manager. What goes wrong in the process is raised as an `OracleError`.
+    It gets the next batches before its answers to one are read, so that it need not wait. Use as
+    a context manager. Errors in the process are raised as an `OracleError`.
     """
 
     batch_size = 10
@@ -46,7 +46,7 @@ class LiveOracle:
         )
         self.questions: queue.Queue[Any] = queue.Queue()
         self.replies: queue.Queue[Any] = queue.Queue()
-        self.unread = 0  # batches that are asked and not answered
+        self.unread = 0  # batches that are sent and not answered
         self.log: list[bytes] = []
         self.threads = [
             threading.Thread(target=target, daemon=True)
@@ -74,7 +74,7 @@ class LiveOracle:
         self.process.kill()
         self.process.wait()
         self.questions.put(None)
-        for thread in self.threads:  # a grandchild may hold the pipes open: then let them be
+        for thread in self.threads:  # a grandchild may hold the pipes open: leave them
             thread.join(timeout=1)
         if not any(thread.is_alive() for thread in self.threads):
             for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -84,7 +84,7 @@ class LiveOracle:
 
     def answers(self, cases: Iterable[Case]) -> Iterator[Answer]:
         """An answer to each case, in order. One call at a time."""
-        while self.unread:  # by a caller who wanted no more
+        while self.unread:  # by a caller that stopped early
             self._reply(self.batch_timeout)
         cases, sizes = iter(cases), deque()
         while True:
@@ -120,7 +120,7 @@ class LiveOracle:
         return reply
 
     def _crashed(self) -> OracleError:
-        with suppress(subprocess.TimeoutExpired):  # it may be on its way out, or alive and lost
+        with suppress(subprocess.TimeoutExpired):  # it may be exiting, or be stuck
             self.process.wait(timeout=1)
         self.process.kill()
         code = self.process.wait()
@@ -135,7 +135,7 @@ class LiveOracle:
         try:
             while True:
                 self.replies.put(pickle.load(self.process.stdout))  # pyright: ignore[reportArgumentType] a pipe
-        except Exception:  # the end, or what is no message: either way nothing more can be read
+        except Exception:  # the end, or not a message: nothing more can be read
             self.replies.put(None)
 
     def _read_log(self) -> None:
@@ -143,12 +143,12 @@ class LiveOracle:
         try:
             for line in self.process.stderr:
                 self.log = [*self.log[-50:], line]
-        except ValueError:  # closed under the reader
+        except ValueError:  # closed while reading
             pass
 
 
 def _question(case: Case) -> dict[str, Any]:
-    """What the worker needs of a case, in plain values: it does not import this package."""
+    """What the worker needs from a case, as plain values: it does not import this package."""
     keys = ("name", "function", "form", "options", "as_lists", "upstream", "is_loss", "is_sparse")
     question = {key: getattr(case, key) for key in keys}
     question["steps"] = [None if batch is None else vars(batch) for batch in case.steps]

@@ -1,4 +1,4 @@
-"""An HTML file that needs no other: a template, filled in, with its style and its pictures."""
+"""A self-contained HTML file: a template, filled in, with its style and pictures."""
 
 import argparse
 import base64

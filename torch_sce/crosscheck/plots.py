@@ -6,12 +6,12 @@ from .page import Picture, picture, pyplot
 from .results import Results
 from .tally import PARTS, WHO, Tally
 
-EXACT = 0.02  # ulps that stand for 0 on a logarithmic axis
+EXACT = 0.02  # ulps drawn for 0 on a logarithmic axis
 COLORS = {"ours": "#1f6fb2", "Keras": "#d1622b"}
 
 
 def pictures(results: Results) -> list[Picture]:
-    """None if no loss is in float32, which is what they are of."""
+    """None if no loss is in float32: only those are plotted."""
     if not all(results.tally.errors("ours", part).size for part in PARTS):
         return []
     found = [_curves(results)] if results.alone else [_scatter(results.tally), _curves(results)]
@@ -38,7 +38,7 @@ def _scatter(tally: Tally) -> Picture:
         panel.set(
             xscale="log", yscale="log", xlim=(EXACT / 2, limit), ylim=(EXACT / 2, limit),
             xlabel="error of tf.keras [ulp]", ylabel="error of torch_sce [ulp]",
-            title=f"{part}: {total} cases{plotted} ({EXACT} stands for exact)",
+            title=f"{part}: {total} cases{plotted} ({EXACT} means exact)",
         )  # fmt: skip
     return picture(figure, "error of both against float64")
 

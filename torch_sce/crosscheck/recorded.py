@@ -1,4 +1,4 @@
-"""tf.keras's answers on file: how they are written, and read again."""
+"""Writes and reads tf.keras's recorded answers."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,11 +13,11 @@ from .cases import Case
 
 RECORDED = Path(__file__).with_name("recorded.npz")
 STORED = ("float32", "float64", "int32")
-WHOLE = 600  # entries of a gradient that are recorded; of a larger one some are
+WHOLE = 600  # entries of a gradient that are all recorded; of a larger one some are
 
 
 class RecordedOracle:
-    """tf.keras's answers on file, for machines without TensorFlow."""
+    """tf.keras's recorded answers, for machines without TensorFlow."""
 
     name = "recorded"
 
@@ -43,7 +43,7 @@ class RecordedOracle:
         """An answer to each case, in order.
 
         Raises:
-            OracleError: a case that was not recorded, or that is drawn differently today.
+            OracleError: a case that was not recorded, or that is now drawn differently.
         """
         for case in cases:
             self.require_recorded(case.seed, case.index)
@@ -106,7 +106,7 @@ def thinned(case: Case, answer: Answer) -> Answer:
         axis = case.options["axis"]
         largest = np.abs(gradient).argmax(axis, keepdims=True)
         labels = np.take_along_axis(places, largest, axis).ravel()
-        # Odd, so that not the same few classes of every row are taken.
+        # Odd, so that the entries are not of the same few classes in every row.
         every = places.ravel()[:: -(-gradient.size * 2 // WHOLE) | 1]
         labels = labels[:: -(-labels.size * 4 // WHOLE)]
         chosen = np.union1d(every, labels).astype(np.int32)

@@ -1,9 +1,9 @@
 """The rules of tf.keras's crossentropies in float64, for all positions at once.
 
 `right` is the answer to one case: a value and its gradients. It is written from Keras's
-documentation and its measured behaviour, to be read beside them, and shares no code with the loss
+documentation and its measured behaviour, and shares no code with the loss
 under test. It says what is right where Keras and we differ on purpose, and whose error is smaller
-where we agree. How far rounding may carry another answer from it, `bounds` says.
+where we agree. `bounds` says how far rounding may move another answer from it.
 
     read      labels, targets, weights and masks in the losses' shape, or what must raise
     losses    the loss of each row, and its gradient
@@ -109,7 +109,7 @@ def read(case: Case, poisons: bool = False) -> Given:
     if case.loss_dtype not in FLOATS:
         raise Refused("y_pred's dtype")
     y_true, q = case.y_true, cast(case.y_pred, case.loss_dtype)
-    if case.as_lists:  # which do not say what is behind an axis of size 0
+    if case.as_lists:  # lists do not say what follows an axis of size 0
         y_true, q = np.asarray(y_true.tolist()), np.asarray(q.tolist())
     if not case.is_sparse:
         return _read_targets(case, y_true, q)
@@ -170,7 +170,7 @@ def _read_targets(case: Case, t: np.ndarray, q: np.ndarray) -> Given:
 
 
 def shown(rows: np.ndarray, positions: Positions) -> np.ndarray:
-    """The rows, with other numbers where nothing counts and theirs may be anything."""
+    """The rows, with other numbers where nothing counts, since those may be anything."""
     return np.where(positions.counts[..., None], rows, 1)
 
 
@@ -196,7 +196,7 @@ def _class_axis(case: Case, shape: tuple[int, ...]) -> int:
 
 
 def _rows_of(array: np.ndarray, axis: int) -> np.ndarray:
-    """The class axis last, and in memory: along another one NumPy adds up one by one."""
+    """The class axis last and contiguous: along another one NumPy adds up one by one."""
     return np.ascontiguousarray(np.moveaxis(array, axis, -1))
 
 
@@ -353,16 +353,16 @@ def reduced(case: Case, positions: Positions, loss: np.ndarray) -> Reduced:
         total = overflowed((loss * factor).sum(), wide)
         value = divide(total, divisor)
         if divisor == 0 and reduction != "mean_with_sample_weight":
-            value = total * 0  # Keras multiplies by the mask's weight, 0: a NaN stays one
+            value = total * 0  # Keras multiplies by the mask's weight, 0: NaN stays NaN
         g = divide(case.upstream[:1].item() * factor, divisor)
     if wide == "float32":
-        # float32 has no such number; and times an infinite slope 0 is NaN.
+        # float32 cannot hold these; and 0 times an infinite slope is NaN.
         g = np.where(np.abs(g) < 2.0**-150, 0, g)
     return Reduced(value, loss, factor, divisor, np.where(positions.bad, np.nan, g))
 
 
 def _weights(positions: Positions, reduction) -> np.ndarray:
-    """Weights times mask, in the shape they have together. Means take a mask as yes or no."""
+    """Weights times mask, broadcast to each other. Means count a mask's entries as 0 or 1."""
     weight, mask = positions.weight, positions.mask
     if mask is not None and reduction in MEANS:
         mask = (mask != 0).astype(float)

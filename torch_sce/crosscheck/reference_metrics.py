@@ -10,7 +10,7 @@ from .reference import Refused
 
 
 def expected_metric(case: Case, poisons: bool = False) -> Expected:
-    """The results after every update; or, of a function, a value for every sample.
+    """The results after every update; for a function, one value per position.
 
     Raises:
         Refused: where an error is the right answer.
@@ -84,7 +84,7 @@ def _sample_means(x: np.ndarray) -> np.ndarray:
 
 
 def _mean(x: np.ndarray, over: tuple[int, ...]) -> np.ndarray:
-    """NumPy's own warns of an empty one."""
+    """NumPy's own warns for an empty array."""
     return x.sum(over) / np.prod([x.shape[axis] for axis in over]) if over else x
 
 
@@ -102,7 +102,7 @@ def _leading(value, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _values_shape(case: Case, batch: Batch) -> tuple[int, ...]:
-    """The shape of the values, but for axes of size 1 behind them."""
+    """The shape of the values, without trailing axes of size 1."""
     if case.name == "Accuracy":
         return batch.y_pred.shape
     return batch.y_pred.shape[:-1]
@@ -111,7 +111,7 @@ def _values_shape(case: Case, batch: Batch) -> tuple[int, ...]:
 def _values(
     case: Case, batch: Batch, shown: np.ndarray | None, poisons: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """A value for every sample, its scale, and which are not ignored."""
+    """A value for every position, its scale, and which are not ignored."""
     if case.name in LOSSES:
         loss = replace(
             case, form="function", options={"axis": -1} | case.options, batch=_bare(batch),

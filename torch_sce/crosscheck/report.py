@@ -65,7 +65,7 @@ def print_conclusion(console: Console, results: Results) -> None:
 
 
 def details(verdict: Verdict, keras: Answer | None, ours: Answer) -> str:
-    """Everything about one case, for whoever has to find out why it differs."""
+    """All details of one case, to find out why it differs."""
     case = verdict.case
     right, refused = reference(case)
     options = ", ".join(f"{key}={value!r}" for key, value in case.options.items())
@@ -122,7 +122,7 @@ def _array(value: object, dtype: str | None = None) -> str:
 
 
 def print_comparison(console: Console, name: str, versions: dict[str, str], tally: Tally) -> None:
-    """Where another Keras differs from tf.keras: in what, and under which features."""
+    """Where another Keras differs from tf.keras: how, and for which features."""
     total = sum(kind.cases for kind in tally.kinds.values())
     listed = ", ".join(f"{package} {number}" for package, number in versions.items())
     console.print(
@@ -146,7 +146,7 @@ def print_comparison(console: Console, name: str, versions: dict[str, str], tall
 
 
 def to_html(results: Results) -> str:
-    """One file that needs no other."""
+    """A single self-contained file."""
     return page.render(
         "report.html",
         results=results,

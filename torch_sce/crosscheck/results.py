@@ -1,4 +1,4 @@
-"""What came of a run, in numbers and sentences, and the JSON file that keeps it."""
+"""The results of a run, as numbers and sentences, and their JSON file."""
 
 import json
 import os
@@ -22,7 +22,7 @@ OUTCOMES = {AGREES: "agree", DELIBERATE: "on purpose", MISMATCH: "mismatch"}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is made with. One that goes on has the same."""
+    """The setting of a run. A resumed run has the same."""
 
     oracle: str
     filters: list[str]
@@ -36,7 +36,7 @@ KEYS = [each.name for each in fields(Setting)]
 
 @dataclass
 class Results:
-    """What came of a run and what it was run with."""
+    """The results of a run and its setting."""
 
     tally: Tally
     seeds: range
@@ -47,7 +47,7 @@ class Results:
 
     @property
     def alone(self) -> bool:
-        """Whether nobody was asked."""
+        """Whether there is no Keras to compare with."""
         return self.setting.oracle == FLOAT64
 
     @property
@@ -131,7 +131,7 @@ def error_lines(results: Results) -> Iterator[str]:
 
 
 def to_json(results: Results) -> str:
-    """All of it, for programs, and for a run that goes on: one line for each part."""
+    """Everything, for programs and for resuming: one line for each part."""
     tally = results.tally
     mismatches = [vars(m) | {"command": results.reproduce(m)} for m in tally.mismatches]
     deliberate = {key: n for key, n in tally.reasons.items() if key != "raises"}
@@ -158,18 +158,18 @@ def to_json(results: Results) -> str:
 
 
 def save(results: Results, path: Path) -> None:
-    """Writes the file in one step: whoever reads it, or kills us, finds the old or the new one."""
+    """Writes the file in one step: a reader, or a crash, finds the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(to_json(results))
     os.replace(part, path)
 
 
 def resume(results: Results, path: Path, cases: int) -> None:
-    """Adds what a run of the same setting has left in a file.
+    """Adds the results of a run of the same setting from a file.
 
     Raises:
-        ValueError: the file is none of ours, of another setting, or has cases beyond the first
-            `cases` of the seeds.
+        ValueError: the file is not ours, has another setting, or has cases beyond the first `cases`
+            of the seeds.
     """
     try:
         stored = json.loads(path.read_text())

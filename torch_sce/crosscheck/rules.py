@@ -1,10 +1,10 @@
 """From `F.cross_entropy` as it is usually written to Keras's loss, one rule at a time.
 
     axis             the classes are where the loss has them
-    ignored labels   samples with the label `ignore_class` are left out, and not counted
+    ignored labels   positions with the label `ignore_class` are left out, and not counted
     precision        computed in the loss's dtype
     probabilities    the logarithm of probabilities, without another softmax
-    mask             samples under a zero mask are left out, and not counted
+    mask             positions with mask 0 are left out, and not counted
     sample_weight    each loss is multiplied by its weight
     denominator      what the sum is divided by
 
@@ -27,7 +27,7 @@ from ..samples import CLIP, aligned, class_numbers, combine_masks, labels_for, n
 from .blocks import Gaps, blocks_of, measured
 from .cases import Case
 
-ELEMENTS = 2**22  # computed at a time: in less, PyTorch's threads wait for one another
+ELEMENTS = 2**22  # computed at a time: with less, PyTorch's threads wait for each other
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Step:
 
 
 class Inputs:
-    """A case as tensors, in the shapes that the rules need. N samples, C classes."""
+    """A case as tensors, in the shapes that the rules need. N positions, C classes."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -75,7 +75,7 @@ class Inputs:
 
     @property
     def fits_axis_1(self) -> bool:
-        """Whether PyTorch takes axis 1 for the classes without a word: T = C."""
+        """Whether PyTorch silently uses axis 1 as the class axis: T = C."""
         shape = self.x.shape
         return self.x.ndim > 2 and shape[:1] + shape[2:] == self.labels.shape
 
@@ -87,7 +87,7 @@ class Inputs:
             yield "axis", f"{why}{self.classes} entries, so no error shows it"
         if self.ignored.any() and options["ignore_class"] != -100:
             label = options["ignore_class"]
-            why = f"{int(self.ignored.sum())} of {total} samples have the label {label}: "
+            why = f"{int(self.ignored.sum())} of {total} positions have the label {label}: "
             yield "ignored labels", f"{why}they are left out and not counted"
         if self.x.dtype != self.dtype:
             yield "precision", f"computed in {self.case.loss_dtype}, not {self.case.y_pred_dtype}"
@@ -96,7 +96,7 @@ class Inputs:
             yield "probabilities", f"{why}the loss clips them and takes their logarithm"
         if self.mask is not None and not (self.mask == 1).all():
             out = int((~self.mask.bool().expand(self.labels.shape)).sum())
-            why = f"{out} of {total} samples are under a zero mask: "
+            why = f"{out} of {total} positions have mask 0: "
             yield "mask", f"{why}left out and not counted"
         if self.weight is not None and not (self.weight == 1).all():
             why = "each loss is multiplied by its weight; weight= of F.cross_entropy is another "
@@ -106,7 +106,7 @@ class Inputs:
             yield "denominator", f"the sum is divided by {after:.7g}, not by {before:.7g}"
 
     def left_out(self, rules: set[str]) -> Tensor:
-        """The samples that are not counted, in the labels' shape."""
+        """The positions that are not counted, in the labels' shape."""
         found = self.y == -100
         if "ignored labels" in rules:
             found = found | self.ignored
@@ -123,7 +123,7 @@ class Inputs:
         return float(numerator_and_denominator(*given)[1])
 
     def value(self, rules: set[str], gaps: Gaps) -> float:
-        """The loss by these rules, the others are PyTorch's; its gradient goes to `gaps`."""
+        """The loss with these rules and otherwise PyTorch's; its gradient is added to `gaps`."""
         left_out = self.left_out(rules)
         y = torch.where(left_out, -100, self.y).reshape(-1)
         losses = torch.zeros(self.labels.shape, dtype=torch.float64, requires_grad=True)
@@ -159,7 +159,7 @@ class Inputs:
 def steps(case: Case, other: np.ndarray | None = None) -> list[Step]:
     """The usual line first, then one step for each rule that matters.
 
-    `other` is the gradient that theirs are compared with.
+    `other` is the gradient that the steps' gradients are compared with.
     """
     inputs = Inputs(case)
     rules = list(inputs.rules())

@@ -1,4 +1,4 @@
-"""What came of many cases, added up.
+"""The results of many cases, added up.
 
 Parts of a run are tallies, too, and are merged in any order: several processes may compare, and a
 run may be interrupted and resumed. A tally does not grow with the number of cases, only with that
@@ -57,7 +57,7 @@ class Point:
 
 @dataclass
 class Kind:
-    """The cases in which another Keras differs from tf.keras in the same thing; the first one."""
+    """The cases in which another Keras differs from tf.keras in the same way; the first one."""
 
     cases: int
     first: tuple[int, int, str]  # seed, number, in what
@@ -69,14 +69,14 @@ class Kind:
 
 @dataclass
 class Tally:
-    """What came of the cases in `finished`, ranges of numbers by seed."""
+    """The results of the cases in `finished`, ranges of numbers by seed."""
 
     finished: dict[int, Ranges] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)  # differences by name, and "raises"
     features: dict[str, dict[str, Row]] = field(default_factory=dict)
     hundredths: dict[str, Counter[int]] = field(default_factory=dict)  # of an ulp
-    nearer: Counter[str] = field(default_factory=Counter)  # who is nearer to float64 in which part
+    nearer: Counter[str] = field(default_factory=Counter)  # whose error is smaller in which part
     points: list[Point] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     kinds: dict[str, Kind] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Tally:
             self.reasons[verdict.reason] += 1
 
     def add_comparison(self, case: Case, kind: str, text: str) -> None:
-        """Another Keras beside tf.keras: in what they differ; `kind` is empty if they agree."""
+        """Another Keras and tf.keras: how they differ; `kind` is empty if they agree."""
         if kind:
             first = Kind(1, (case.seed, case.index, text))
             self.kinds.setdefault(kind, Kind(0, first.first)).merge(first)

@@ -1,8 +1,8 @@
-"""A process that answers cases with one of the Kerases; run as a file, not imported.
+"""A process that answers cases with one Keras; run as a file, not imported.
 
 `python worker.py NAME` reads pickled cases from standard input and writes pickled answers to
-standard output. It imports Keras and NumPy and nothing of this package: which Keras an
-interpreter has is fixed by environment variables when Keras is imported, so each gets its own.
+standard output. It imports Keras and NumPy and nothing of this package: environment
+variables select the Keras when it is imported, so each one needs its own process.
 """
 
 import os
@@ -26,7 +26,7 @@ ENVIRONMENT = {
 def load(name: str):
     """(Keras, functions of that backend, versions)."""
     os.environ.update(ENVIRONMENT[name])
-    # The evidence is about the CPU; and one thread is fastest for small tensors.
+    # The comparison is for the CPU; and one thread is fastest for small tensors.
     os.environ.update(
         {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_NUM_INTRAOP_THREADS": "1"}
     )
@@ -57,7 +57,7 @@ def keras_speaks() -> Iterator[None]:
 
 
 def answer(keras, backend, case: dict) -> dict:
-    """What that Keras makes of the case: value and gradients, or the error it raises."""
+    """Keras's answer to the case: value and gradients, or the error it raises."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
@@ -99,7 +99,7 @@ def differentiate(keras, backend, case: dict):
 
 
 def measure(keras, backend, case: dict):
-    """An accuracy of every sample, or a metric's results after every update."""
+    """An accuracy for every position, or a metric's results after every update."""
     if case["form"] == "function":
         (batch,) = case["steps"]
         y_pred = backend.tensor(batch["y_pred"], batch["y_pred_dtype"])
@@ -127,7 +127,7 @@ def measure(keras, backend, case: dict):
 
 
 class WithTensorflow:
-    """The few things that each backend says in its own words."""
+    """The few calls that differ between backends."""
 
     @staticmethod
     def tensor(array, dtype):
@@ -260,7 +260,7 @@ def plain(tensor) -> tuple[np.ndarray, str]:
 
 
 def main() -> None:
-    # Libraries print to standard output; the protocol needs it for itself.
+    # Libraries print to standard output, which is reserved for answers.
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 

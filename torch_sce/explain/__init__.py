@@ -44,7 +44,7 @@ def explain(
     """What `loss` does with a batch, position by position, and what looks wrong in it.
 
     For people, not for training or `torch.compile`: everything is moved to the host, and the
-    values are read. It works where the loss itself raises, too, and says why.
+    values are read. It also works where the loss raises, and says why.
 
     Args:
         loss: a `SparseCategoricalCrossentropy` or `CategoricalCrossentropy`.
@@ -62,7 +62,7 @@ def explain(
     >>> loss = SparseCategoricalCrossentropy(from_logits=True)
     >>> print(explain(loss, [2, 1], [[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]]))
     SparseCategoricalCrossentropy(from_logits=True) gives 0.9133192
-      y_pred (2, 4) float64: taken for logits; a softmax over axis 1 makes them probabilities
+      y_pred (2, 4) float64: treated as logits; a softmax over axis 1 makes them probabilities
       y_true (2,) int64: 2 positions, 2 of them count
     <BLANKLINE>
     position  label  p(label)  rank   -log p  contribution
@@ -121,7 +121,7 @@ def _explained(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Explanation:
 
 
 def _contributions(values: Tensor, denominator: float | None, reduction: str | None) -> Tensor:
-    """What each position adds to the value; `reduce` has the rules for a division by 0."""
+    """What each position adds to the value; `reduce` has the rule for a division by 0."""
     if denominator == 0:
         return torch.zeros_like(values) if reduction not in MEANS else values * 0
     return values / (denominator or 1.0)
@@ -135,8 +135,8 @@ def _plain(loss: Loss) -> Loss:
 
 def _own_forward(loss: Loss, plain: Loss) -> Finding:
     return Finding(
-        "a forward of its own",
-        f"{type(loss).__name__} overrides forward: its value may be another than the one shown, "
+        "an overridden forward",
+        f"{type(loss).__name__} overrides forward: its value may differ from the one shown, "
         f"which is that of {type(plain).__name__}.",
         "Look at what its forward changes.",
         is_wrong=False,
@@ -164,7 +164,7 @@ def _not_finite(lost: Tensor) -> Finding:
 def _steps_in_words(
     losses: Tensor, weight: Tensor | None, mask: Tensor | None, reduction: str | None
 ) -> tuple[str, str]:
-    """What is added up, and what it is divided by."""
+    """What is summed, and what it is divided by."""
     whole = mask is None or bool(((mask == 0) | (mask == 1)).all())
     counts_entries = reduction in MEANS or whole
     names = [] if weight is None else ["weight"]
@@ -189,15 +189,15 @@ def _steps_in_words(
 
 
 def _in_words(batch: Batch) -> Iterator[str]:
-    """What each argument is, and is taken for."""
+    """What each argument is, and how it is treated."""
     axis, low = batch.axis, CLIP[batch.loss.dtype][0]
     steps = [f"clipped to [{low:.3g}, 1 - {low:.3g}]", f"divided by their sum over axis {axis}"]
     if isinstance(batch.loss, CategoricalCrossentropy):
         steps.reverse()
-    taken = f"probabilities; {', then '.join(steps)}"
+    treated = f"probabilities; {', then '.join(steps)}"
     if batch.loss.from_logits:
-        taken = f"logits; a softmax over axis {axis} makes them probabilities"
-    yield f"y_pred {_kind(batch.y_pred)}: taken for {taken}"
+        treated = f"logits; a softmax over axis {axis} makes them probabilities"
+    yield f"y_pred {_kind(batch.y_pred)}: treated as {treated}"
     total, n = batch.counted.numel(), len(batch.rows)
     reasons = f" ({batch.left_out_by})" if batch.left_out_by else ""
     fits = batch.all_labels is not None or batch.targets is not None
@@ -229,7 +229,7 @@ def _require_loss(loss: Any) -> None:
 
 
 def _on_host(name: str, value: Any) -> Any:
-    """A tensor on the host, without its graph; what is no tensor as it is."""
+    """A tensor on the host, without its graph; anything else unchanged."""
     if not isinstance(value, Tensor):
         return value
     own = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""A batch as the checks look at it, as far as its parts fit together, and what they report."""
+"""A batch as the checks see it, as far as its parts fit together, and what they report."""
 
 # The private methods of a loss are private to torch_sce.
 # pyright: reportPrivateUsage=false
@@ -25,7 +25,7 @@ from ..samples import (
 
 Loss = SparseCategoricalCrossentropy | CategoricalCrossentropy
 
-FEW = 8  # fewer rows prove little
+FEW = 8  # fewer rows are weak evidence
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The arguments of a call, and what the checks look at."""
+    """The arguments of a call, and what the checks use."""
 
     loss: Loss
     arguments: tuple[Any, Any, Any, Any]  # as they were given
@@ -70,7 +70,7 @@ class Batch:
     def tolerance(self) -> float:
         """How far the sums of rows may be from 1 if they are to show that these are probabilities.
 
-        Many rows may have been rounded to half precision; a few logits might come near by chance.
+        Many rows may have been rounded to half precision; a few logits may be close by chance.
         """
         half = self.y_pred.dtype in HALVES or self.loss.dtype in HALVES
         if len(self.rows) >= FEW or half:

@@ -1,6 +1,6 @@
 """What looks wrong in a batch: the usual mistakes, each with its evidence and its fix.
 
-A check looks at one mistake, in the positions that count. It reports nothing unless the numbers
+A check looks for one mistake, in the positions that count. It reports nothing unless the numbers
 leave little doubt.
 
 N are the positions that count, C the classes.
@@ -19,13 +19,13 @@ from ..samples import CLIP, class_numbers
 from .batch import FEW, Batch, Finding
 
 IGNORE_VALUES = (-1, -100, 255)  # of Keras and NumPy, of PyTorch, of segmentation maps
-FAR, TOO_FAR = 3.0, 10.0  # a mean weight this far from 1 is no matter of chance; a mistake
+FAR, TOO_FAR = 3.0, 10.0  # a mean weight this far from 1 is not by chance; a mistake
 CONFIDENT = 0.999
 OFF = 2e-2  # sums of probabilities that bfloat16 has rounded stay nearer to 1 than this
 
 
 def findings(batch: Batch) -> list[Finding]:
-    """All that looks wrong, then what is good to know."""
+    """First what looks wrong, then what is good to know."""
     found = [finding for check in CHECKS for finding in check(batch)]
     return sorted(found, key=lambda finding: not finding.is_wrong)
 
@@ -36,7 +36,7 @@ def _nothing_counts(batch: Batch) -> Iterator[Finding]:
         yield Finding(
             "an empty batch",
             f"y_pred has the shape {tuple(batch.y_pred.shape)}: there are no positions.",
-            "A reduced loss is 0 then, and teaches nothing.",
+            "A reduced loss is 0 then, and has no gradient.",
             is_wrong=False,
         )
     elif not batch.counted.any():
@@ -92,8 +92,8 @@ def _logits_as_probabilities(batch: Batch) -> Iterator[Finding]:
     stuck = _stuck(batch)
     if stuck is not None:
         evidence += (
-            f" The gradient is exactly zero for {stuck[0]:.1%} of all predictions, and for the own "
-            f"label of {stuck[1]:.1%} of the positions, which can never learn it."
+            f" The gradient is exactly zero for {stuck[0]:.1%} of all predictions, and for the "
+            f"label of {stuck[1]:.1%} of the positions, which cannot learn it."
         )
     fix = "Pass from_logits=True"
     with suppress(ValueError, TypeError):
@@ -130,17 +130,17 @@ def _probabilities_as_logits(batch: Batch) -> Iterator[Finding]:
         by_hand = len(rows) < FEW and bool((2 * rows == (2 * rows).round()).all())
         yield Finding(
             "probabilities passed as logits",
-            f"all {len(rows)} rows lie in [0, 1] and sum to 1, so softmax is applied twice: for "
+            f"all {len(rows)} rows are in [0, 1] and sum to 1, so softmax is applied twice: for "
             f"{classes} classes the loss cannot fall below {floor:.4g}, however good the model.",
-            "Leave the softmax out of the model, which is best, or pass from_logits=False.",
+            "Remove the softmax from the model (preferred), or pass from_logits=False.",
             is_wrong=not by_hand,  # 0, 1/2 and 1 could be anything
         )
     elif low >= 0 and high <= 1 and high - low > 0.5 and len(rows) >= FEW:
         yield Finding(
             "logits between 0 and 1",
-            f"they run from {_low_high(rows)}; while they stay in [0, 1], the loss for {classes} "
+            f"they range from {_low_high(rows)}; while they stay in [0, 1], the loss for {classes} "
             f"classes cannot fall below {floor:.4g}.",
-            "If they come from a sigmoid, leave it out of the model.",
+            "If they come from a sigmoid, remove it from the model.",
             is_wrong=False,
         )
 
@@ -161,21 +161,21 @@ def _not_normalised(batch: Batch) -> Iterator[Finding]:
             yield Finding(
                 "a softmax along the wrong axis",
                 f"the predictions sum to 1 along axis {axis}, but the loss has its classes on "
-                f"axis {batch.axis}, where the sums run from {_low_high(sums)}.",
+                f"axis {batch.axis}, where the sums range from {_low_high(sums)}.",
                 f"If the classes are on axis {axis}, pass axis={axis}; if not, take the softmax "
                 f"over axis {batch.axis}.",
             )
             return
     yield Finding(
         "probabilities that do not sum to 1",
-        f"the sums run from {_low_high(sums)}. The loss divides by them"
+        f"the sums range from {_low_high(sums)}. The loss divides by them"
         + (
-            ", so predictions that only grow together change nothing."
+            ", so scaling all the predictions changes nothing."
             if rows.max() <= 1 + OFF
             else f", and the predictions reach {rows.max():.4g}."
         ),
         "If they are logits or scores, pass from_logits=True; if they come from a sigmoid for "
-        "each class, leave the sigmoid out and pass from_logits=True.",
+        "each class, remove the sigmoid and pass from_logits=True.",
     )
 
 
@@ -191,7 +191,7 @@ def _saturated(batch: Batch) -> Iterator[Finding]:
             yield Finding(
                 "a saturated softmax",
                 f"{_share(lost)} of the positions that count give their label a probability below "
-                f"e^-88, which is 0 in float32; the logits run from {_low_high(rows)}.",
+                f"e^-88, which is 0 in float32; the logits range from {_low_high(rows)}.",
                 "Such logits come from inputs or weights that are far too large: look at the "
                 "inputs' scale, the initial weights and the learning rate.",
             )
@@ -204,7 +204,7 @@ def _saturated(batch: Batch) -> Iterator[Finding]:
                 f"{_share(lost)} of the positions that count give their label a probability below "
                 f"{low:.3g} and another class more than {CONFIDENT}: their loss is capped near "
                 f"{-math.log(low):.1f} and their gradient is exactly zero at the label.",
-                "From logits, with from_logits=True, they would count and learn.",
+                "From logits, with from_logits=True, they get a gradient.",
                 is_wrong=bool(lost.sum() >= 0.25 * len(rows)),
             )
 
@@ -292,7 +292,7 @@ def _labels_outside(batch: Batch) -> Iterator[Finding]:
             "labels out of range",
             evidence,
             f"There are predictions for {classes} on axis {batch.axis}{needed}. Class numbers "
-            "start at 0, and what does not count belongs under a mask.",
+            "start at 0, and positions that do not count need a mask.",
         )
 
 
@@ -305,7 +305,7 @@ def _not_whole(batch: Batch) -> Iterator[Finding]:
         yield Finding(
             "labels that are not whole",
             f"{_share(odd)} of the labels that count, the first is {first:.6g} at "
-            f"{batch.position(odd)}, which is taken for class {math.trunc(first)}.",
+            f"{batch.position(odd)}, which is treated as class {math.trunc(first)}.",
             "Labels are class numbers: check where they come from, or round them first.",
         )
 
@@ -333,9 +333,9 @@ def _other_axis(batch: Batch) -> Iterator[Finding]:
         else:
             yield Finding(
                 "two axes that could hold the classes",
-                f"axes {axis} and {other} of y_pred both have {classes} entries: shapes cannot "
-                "show a mix-up.",
-                f"The classes are taken to be on axis {axis}.",
+                f"axes {axis} and {other} of y_pred both have {classes} entries, so no error "
+                "shows a wrong axis.",
+                f"The loss has its classes on axis {axis}.",
                 is_wrong=False,
             )
 
@@ -406,10 +406,10 @@ def _mask(batch: Batch) -> Iterator[Finding]:
         return
     if not ((mask >= 0) & (mask <= 1)).all():
         yield Finding(
-            "a mask that is none",
-            f"its values run from {_low_high(mask)}, and what is not 0 counts.",
-            "A mask is 1 or True where a position counts, and 0 elsewhere: pass mask == 1, or "
-            "whatever says so; weights go into sample_weight.",
+            "a mask outside [0, 1]",
+            f"its values range from {_low_high(mask)}, and every value but 0 counts.",
+            "A mask is 1 or True where a position counts, and 0 elsewhere: pass a comparison such "
+            "as mask == 1, and weights as sample_weight.",
         )
 
 
@@ -418,16 +418,16 @@ def _targets(batch: Batch) -> Iterator[Finding]:
     if targets is None or not targets.numel() or batch.are_distributions(targets, OFF):
         return
     yield Finding(
-        "targets that are no distribution",
-        f"the targets of a position run from {_low_high(targets)} and their sums from "
+        "targets that are not a distribution",
+        f"the targets of a position range from {_low_high(targets)} and their sums from "
         f"{_low_high(targets.sum(1))}.",
         "Targets should be at least 0 and sum to 1 for each position; if y_true and y_pred are "
-        "exchanged, labels come first.",
+        "swapped, labels come first.",
     )
 
 
 def _known(batch: Batch) -> Tensor | None:
-    """Class numbers, -1 where the label is none."""
+    """Class numbers, -1 for a label outside [0, C)."""
     if batch.targets is not None:
         return batch.targets.argmax(1)
     if batch.labels is None:
@@ -437,7 +437,7 @@ def _known(batch: Batch) -> Tensor | None:
 
 
 def _finite(batch: Batch) -> Tensor:
-    whole = ~batch.rows.sum(1).isnan()  # two infinities may hide a row, too
+    whole = ~batch.rows.sum(1).isnan()  # NaN also for a row with inf and -inf
     return batch.rows if whole.all() else batch.rows[whole]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..losses import SparseCategoricalCrossentropy
 from .batch import Finding, Loss, in_words
 
-SHOWN = 12  # a longer batch is summarised by so many positions
+SHOWN = 12  # a longer batch is summarised by this many positions
 CELL = "style='text-align:right;padding:.1em .7em'"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -27,12 +27,12 @@ class Explanation:
         positions: for each position what the table shows, in arrays of the losses' shape: "label",
             "probability" (of the label, as the loss sees it), "rank" (1: the largest prediction is
             the label's), "loss" in nats, "weight", "mask", and "contribution" to the value. NaN
-            stands where a position does not count and is not looked at. Empty if the loss raises.
+            for a position that does not count and is not read. Empty if the loss raises.
         numerator, denominator: the value is their quotient; None if there is no reduction or the
             loss raises.
         findings: what looks wrong, and what is good to know. Each has a `name`, the `evidence`,
             the `fix`, and `is_wrong`.
-        arguments: what each argument is and is taken for, in words.
+        arguments: what each argument is and how it is treated, in words.
         added, divided_by: what the numerator is the sum of, and what the denominator is, in words.
     """
 
@@ -179,7 +179,7 @@ class Explanation:
         return rows
 
     def _places(self) -> list[tuple[int, ...]]:
-        """All positions of a small batch; of others those with the largest and smallest losses."""
+        """All positions of a small batch, otherwise those with the largest and smallest losses."""
         losses, counted = self.positions["loss"], self._counted()
         if losses.size <= SHOWN:
             return list(np.ndindex(losses.shape))

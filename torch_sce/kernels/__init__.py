@@ -1,18 +1,18 @@
-"""Losses of rows of predictions, whatever the device: the choice of kernels, and autograd.
+"""Losses of rows of predictions on any device: the choice of kernels, and autograd.
 
 `contract` has the formulas, and what a module of kernels consists of:
 
-    aten            the definition, in PyTorch's operations; serves any device
+    aten            the definition, in PyTorch's operations; for any device
     cpu, cuda       for one device: in C, and in Triton
     targets, cpu_targets, cuda_targets
                     the same for rows whose label is a target for every class
 
-Rows come as z (..., C) and y (...). The last axis is the class axis, wherever it lies in memory,
-and predictions are not copied to have it elsewhere (but by `cuda`, where rows are left on more
-than three axes, as in a crop of a volume). Nothing here knows of weights, masks or averages: a
-weight is the upstream gradient g of its row.
+Rows are z (..., C) and y (...). The last axis is the class axis, with any stride. Predictions are
+not copied into another layout (except by `cuda`, if the rows need more than three axes, as in a
+crop of a volume). Nothing here handles weights, masks or averages: a weight is the upstream
+gradient g of its row.
 
-Tensors that are not plain (`are_plain`) take the definitions, `aten.row_losses` and
+Tensors that are not plain (`are_plain`) use the definitions, `aten.row_losses` and
 `targets.losses`, which are PyTorch's operations.
 """
 
@@ -89,7 +89,7 @@ def whole_rows(z: Tensor) -> Tensor:
     placements = getattr(z, "placements", None)
     if placements is None:
         return z
-    from torch.distributed.tensor import Replicate  # not before: few need it, and it takes long
+    from torch.distributed.tensor import Replicate  # imported here: few need it, and it is slow
 
     whole = [Replicate() if p.is_partial() or p.is_shard(z.ndim - 1) else p for p in placements]
     return z.redistribute(placements=whole)  # pyright: ignore[reportAttributeAccessIssue]
@@ -169,7 +169,7 @@ def _target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
         return targets
     if kernels is cpu:
         return cpu_targets
-    from . import cuda_targets  # not before: it imports Triton
+    from . import cuda_targets  # imported here, with Triton
 
     return cuda_targets
 
@@ -180,7 +180,7 @@ def _cuda_kernels(device: torch.device) -> Kernels:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return aten
     try:
-        from . import cuda  # not before: it imports Triton, which is optional
+        from . import cuda  # imported here: Triton is optional
     except ImportError:
         return aten
     return cuda
@@ -189,8 +189,8 @@ def _cuda_kernels(device: torch.device) -> Kernels:
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether kernels may read these tensors' memory: dense ones, with no mode or transform active.
 
-    Everything else takes PyTorch's operations: a subclass defines what each of them does, and a
-    mode or a transform sees nothing but them.
+    All other tensors use PyTorch's operations: a subclass defines what each of them does, and a
+    mode or a transform sees only them.
     """
     return not is_traced() and all(x is None or _is_plain(x) for x in tensors)
 
@@ -211,9 +211,9 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _needs_expression(*tensors: Tensor | None) -> bool:
-    """Whether more than the numbers of a gradient is wanted: a derivative of it, or a transform.
+    """Whether the gradient is differentiated again or transformed, or a tensor is not plain.
 
-    Writing into a buffer would do for neither, nor for tensors that are not plain.
+    Writing into a buffer supports none of these.
     """
     return torch.is_grad_enabled() or not are_plain(*tensors)
 

@@ -1,8 +1,8 @@
 """The row formulas in PyTorch operations: their definition, and the path for any device.
 
-`row_losses` is the plain, differentiable statement. `forward` and `backward` walk the rows a
-block at a time, so that what they compute with stays small: their only large tensor is the
-gradient itself. `contract` has the formulas and the letters.
+`row_losses` is the plain, differentiable statement. `forward` and `backward` process the rows in
+blocks, so that temporaries stay small: the only large tensor is the gradient itself. `contract` has
+the formulas and the letters.
 """
 
 import itertools
@@ -37,7 +37,7 @@ def forward(
     """The loss of every row, and its summary."""
     loss, *saved = (torch.empty_like(y, dtype=row_dtype(z)) for _ in range(4))
     for rows in blocks(y.shape, z.shape[-1], block_size(z)):
-        # Where no derivative is taken PyTorch's own clamp does, in a fifth of the time.
+        # Without autograd PyTorch's own clamp is enough, in a fifth of the time.
         summary = summarize(z[rows].to(loss.dtype), y[rows], clip, torch.clamp)
         loss[rows] = loss_of(summary, clip)
         for whole, part in zip(saved, summary, strict=True):
@@ -71,7 +71,7 @@ def summarize(
 ) -> Summary:
     """The summary of every row, or of a slice of its classes: z_0 is the prediction of class 0.
 
-    Labels may lie outside of the slice.
+    Labels may be outside the slice.
     """
     classes = z.shape[-1]
     others = torch.arange(classes, device=z.device) != y.unsqueeze(-1)
@@ -94,7 +94,7 @@ def row_gradients(
     is_label = torch.arange(z.shape[-1], device=z.device) == y.unsqueeze(-1)
     g = (g * one_or_nan(y, z.shape[-1]).to(g.dtype)).unsqueeze(-1)
     m, r, p, s = (each.unsqueeze(-1) for each in (*summary, sums(summary, clip)))
-    # -r / s and -r / (s p), each as it keeps its digits, and those of its own derivatives.
+    # -r / s and -r / (s p), in the form that is accurate and has accurate derivatives.
     if clip is None:
         e = (p - m).exp()
         dz = g * torch.where(is_label, torch.where(r < e, -r / s, e / s - 1), (z - m).exp() / s)
@@ -133,14 +133,14 @@ def finished(loss: Tensor, y: Tensor, counted: Tensor | None, classes: int) -> T
 
 
 def one_or_nan(y: Tensor, classes: int) -> Tensor:
-    """1, or NaN for a label outside [0, C): as a factor it poisons that row and no other."""
+    """1, or NaN for a label outside [0, C): as a factor it makes that row NaN and no other."""
     return torch.where((y >= 0) & (y < classes), 1.0, torch.nan)
 
 
 def row_sums(z: Tensor) -> Tensor:
     """The sum of every row.
 
-    On the CPU PyTorch divides a single row among the threads, and the bits depend on how many.
+    On the CPU PyTorch splits a single row among the threads, so the result depends on their number.
     """
     if z.numel() != z.shape[-1]:
         return z.sum(-1)
@@ -165,15 +165,15 @@ def empty_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def memory_order(z: Tensor) -> list[int]:
-    """The axes of z from the largest step in memory to the smallest."""
+    """The axes of z from the largest stride to the smallest."""
     return sorted(range(z.ndim), key=z.stride, reverse=True)
 
 
 def blocks(shape: torch.Size, classes: int, limit: int) -> Iterator[tuple[slice, ...]]:
     """Slices that cover rows of this shape, each of at most `limit` predictions or of one row.
 
-    They come in the order of memory: one axis is cut, those before it are walked step by step,
-    those behind it stay whole.
+    They are in memory order: one axis is split, those before it are iterated over, those after it
+    stay whole.
     """
     if math.prod(shape) * classes <= limit:
         yield ()

@@ -23,17 +23,17 @@ gradient:
 The second row model is what tf.keras does to probabilities (clip, log, softmax cross-entropy)
 without its logarithms and its softmax.
 
-`r` is added up without the label's own term, so the gradient at the label is no difference of two
-numbers that may be nearly equal. (m, r) is kept for the backward pass and not the logsumexp
+`r` is added up without the label's own term, so the gradient at the label is not a difference of
+two numbers that may be nearly equal. (m, r) is kept for the backward pass and not the logsumexp
 m + log s: for logits with an offset of 1e5 that keeps the gradient's relative error at 7.5e-7, not
 3.9e-3. The loss of logits is log s + (m - p), not (m + log s) - p, which is off by 5e-4 at an
 offset of 1e4. The loss of probabilities takes one logarithm: log s and log p are both near -15
-where all the probabilities are tiny, and their difference keeps only the digits that -15 has left.
+where all the probabilities are tiny, and their difference keeps only the digits that -15 leaves.
 
 Summaries of disjoint slices of the classes `merge`. Blocks of a kernel, chunks of a linear head and
-shards of the classes on several ranks are all that one merge. A slice without the label has no p:
-minus infinity for logits, 0 for probabilities. Whether a label is a class at all is decided after
-the merge.
+shards of the classes on several ranks all use this merge. A slice without the label has no p:
+minus infinity for logits, 0 for probabilities. Whether a label is in [0, C) is checked after the
+merge.
 """
 
 from typing import NamedTuple, Protocol
@@ -56,8 +56,8 @@ class Summary(NamedTuple):
 class Kernels(Protocol):
     """A module for rows with a label.
 
-    `counted`, (...) bool, is false for rows with loss 0 and gradient 0, whatever they hold; None:
-    all count. In a row that counts, a label outside [0, C) makes loss and gradient NaN. `in_range`
+    `counted`, (...) bool, is false for rows with loss 0 and gradient 0, for any values; None: all
+    count. In a row that counts, a label outside [0, C) makes loss and gradient NaN. `in_range`
     says that all labels are in [0, C), also those of rows that do not count.
     """
 
@@ -122,7 +122,7 @@ def sums(summary: Summary, clip: Clip) -> Tensor:
 
 
 def loss_of(summary: Summary, clip: Clip) -> Tensor:
-    """The loss of whole rows whose label is a class."""
+    """The loss of whole rows whose label is in [0, C)."""
     m, _, p = summary
     s = sums(summary, clip)
     return s.log() + (m - p) if clip is None else (s / p).log()

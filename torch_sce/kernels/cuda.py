@@ -1,13 +1,12 @@
 """The kernels for CUDA, in Triton, for rows with a label.
 
-Memory bounds them: the predictions are read once forward; backward they are read once and the
-gradient is written once. Nothing here looks at a value, waits for the device, or adds up in an
-order that could vary.
+They are memory-bound: the predictions are read once forward; backward they are read once and the
+gradient is written once. There is no host synchronisation, and sums have a fixed order.
 
-A program takes a tile of rows and classes. Where the classes of a row lie together, a tile is
-some rows or a part of one; where rows lie together, as in maps with the channels first, it is
-many rows and some of their classes. Where there are few rows of very many classes, several
-programs share a row, and what they found is merged.
+A program processes a tile of rows and classes. If the class axis is contiguous, a tile is some
+rows or a part of one; if an axis of rows is contiguous, as in channels-first maps, it is many rows
+and some of their classes. For few rows of very many classes, several programs share a row, and
+their summaries are merged.
 
 A row is not read if it does not count, nor in the backward pass if its g is 0.
 """
@@ -29,19 +28,19 @@ from .contract import Clip, Saved, Summary
 # Predictions of one program's tile, powers of two.
 TILE = 2048  # of some rows with their classes
 LONG = 4096  # of one row, at most
-WIDE = 64  # classes of a tile, at most, where rows lie together
+WIDE = 64  # classes of a tile, at most, where an axis of rows is contiguous
 MOST = 2**16 - 1  # tiles to a row, which are the second axis of the grid
-AXES = 3  # of rows, that a kernel walks
+AXES = 3  # of rows, that a kernel iterates over
 PROGRAMS = 512  # enough to keep a device busy
 SHARED = 4  # tiles to a row from which on sharing it is worth another launch
 
 
 class Tile(NamedTuple):
-    """What one program takes, and how many programs share a row in the forward pass."""
+    """What one program processes, and how many programs share a row in the forward pass."""
 
     rows: int  # a power of two
     classes: int  # a power of two
-    axis: int  # where the classes are in a tile; its last axis is the one that lies together
+    axis: int  # where the classes are in a tile; its last axis is the contiguous one
     splits: int = 1
 
     def options(self, clip: Clip) -> dict[str, Any]:
@@ -56,7 +55,7 @@ class Tile(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How the rows of some tensors lie in memory: three axes or more, the last of which is cut."""
+    """How the rows of some tensors are stored: three axes or more, the last of which is split."""
 
     sizes: list[int]
     steps: list[list[int]]  # of each tensor
@@ -117,7 +116,7 @@ def backward(
         return dz
     tile = choose_tile(z, rows)
     (programs,), given = launch(rows, z, y.contiguous(), counted, tile, clip)
-    same = not any(g.stride())  # the mean hands the same g to every row
+    same = not any(g.stride())  # a mean has the same g for every row
     with torch.cuda.device_of(z):
         _backward[programs, triton.cdiv(z.shape[-1], tile.classes)](
             *given, dz, dz.stride(-1), g if same else g.contiguous(), *saved,
@@ -140,7 +139,7 @@ def choose_tile(z: Tensor, rows: Rows) -> Tile:
 
 
 def rows_of(*tensors: Tensor) -> Rows:
-    """The axes of the rows, joined where they lie like one."""
+    """The axes of the rows, merged where they have the strides of one."""
     sizes: list[int] = []
     steps: list[tuple[int, ...]] = []  # of each axis, in every tensor
     for axis, size in enumerate(tensors[0].shape[:-1]):
@@ -160,7 +159,7 @@ def launch(
 ) -> tuple[tuple[int], tuple[Any, ...]]:
     """The number of programs for the rows, and the arguments that every kernel begins with.
 
-    In the place of y there may be t.
+    t may take the place of y.
     """
     tiles = triton.cdiv(rows.sizes[2], tile.rows)
     steps = [step for each in rows.steps for step in each]
@@ -218,7 +217,7 @@ def _merge(
     loss, m_out, r_out, p_out, m_parts, r_parts, count, splits,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """The losses, m and r of rows from what `_forward` found in the shares of their classes."""
+    """The losses, m and r of rows from what `_forward` computed for the shares of their classes."""
     outer, inner, row = place(size_2, tiles, ROWS)
     counts = counting(counted, row, inner < size_2)
     label = tl.load(y + row, mask=counts, other=0)
@@ -302,7 +301,7 @@ def _backward(
 
 @triton.jit
 def counting(counted, row, inside):
-    """Which rows are there and count."""
+    """Which rows exist and count."""
     if counted is not None:
         inside = tl.load(counted + row, mask=inside, other=0) != 0
     return inside

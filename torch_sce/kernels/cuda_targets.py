@@ -1,12 +1,12 @@
 """The kernels for CUDA, in Triton, for rows with a target for every class.
 
-The formulas are those of `targets`. One program walks all the classes of a row. The sums of logits
-are those of one walk, with
+The formulas are those of `targets`. One program iterates over all the classes of a row. For logits
+one pass is enough, with
 
     u = sum_j t_j (z_j - m)             loss = T log s - u
 
-where m, s and u are corrected as larger logits are met. Probabilities are walked twice, since they
-are to be clipped after their sum is known. A row is not read if it does not count.
+where m, s and u are rescaled when a larger logit is found. Probabilities take two passes, since
+they are clipped after their sum is known. A row is not read if it does not count.
 """
 
 # Of a kernel, a type checker sees the function that Triton compiles. Its parameters have no types,
@@ -67,7 +67,7 @@ def backward(
     (programs,), given = launch(rows, z, t, counted, tile, clip)
     given = (*given, t.stride(-1), 1 - smoothing, smoothing / z.shape[-1])
     steps = [place.stride(-1) for place in places]
-    same = not any(g.stride())  # the mean hands the same g to every row
+    same = not any(g.stride())  # a mean has the same g for every row
     with torch.cuda.device_of(z):
         _backward[programs, triton.cdiv(z.shape[-1], tile.classes)](
             *given, dz, dt, *steps, g if same else g.contiguous(), *saved,
@@ -148,7 +148,7 @@ def _walk_probabilities(
         n, c, w = _normalise(block, target, tl.expand_dims(s, AXIS), low, high)
         value += tl.sum(tl.where(here, target * tl.log(c), 0.0), AXIS)
         free += tl.sum(tl.where(here & (n == c), 1.0, 0.0), AXIS)
-        a += tl.sum(tl.where(here, w * n, 0.0), AXIS)  # a NaN if any n is no number
+        a += tl.sum(tl.where(here, w * n, 0.0), AXIS)  # NaN if any n is NaN
     return value, free, s, a
 
 
@@ -160,7 +160,7 @@ def _backward(
     SAME: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of rows and classes with targets, but for one that is None."""
+    """The gradients of a tile of rows and classes with targets, except one that is None."""
     outer, inner, row = place(size_2, tiles, ROWS)
     counts = counting(counted, row, inner < size_2)
     g = tl.expand_dims(tl.load(g + (row * 0 if SAME else row), mask=counts, other=0.0), AXIS)
@@ -175,7 +175,7 @@ def _backward(
     if CLIP:
         _, c, w = _normalise(block, target, s, low, high)
         logarithms = tl.log(c)
-        slopes = (a - w) * tl.where(m == 0, 0.0, g) / s  # 0 if all are clipped, whatever g is
+        slopes = (a - w) * tl.where(m == 0, 0.0, g) / s  # 0 if all are clipped, for any g
     else:
         logarithms = (block - m) - tl.log(s)
         slopes = g * (a / s * tl.exp(block - m) - target)
@@ -198,7 +198,7 @@ def _normalise(q, target, s, low, high):
 
 @triton.jit
 def _classes(first, classes, counts, CLASSES: tl.constexpr, AXIS: tl.constexpr):
-    """The classes of a tile, and which of its entries are there and count."""
+    """The classes of a tile, and which of its entries exist and count."""
     j = tl.expand_dims(first + tl.arange(0, CLASSES), 1 - AXIS)
     return j, tl.expand_dims(counts, AXIS) & (j < classes)
 

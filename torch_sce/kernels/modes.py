@@ -1,7 +1,7 @@
 """Which of PyTorch's transforms and modes are active.
 
-PyTorch has no public names for these questions. Its private ones are used here and nowhere else;
-they are the same from PyTorch 2.6 to 2.15.
+PyTorch has no public functions for this. Its private ones are used here and nowhere else; they are
+the same from PyTorch 2.6 to 2.15.
 """
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false

@@ -308,12 +308,14 @@ def _(right, self, samples):
     return kernels.target_losses(samples.z, y, samples.counted, samples.clip)
 
 
-@mistake("targets' probabilities renormalised after the clip", targets._logarithms)
-def _(right, z, clip):
-    if clip is None:
-        return right(z, clip)
-    c = z.clamp(*clip)
-    return (c / c.sum(-1, keepdim=True)).log()
+@mistake("targets' probabilities renormalised after the clip", cpu_targets.forward, targets.forward)
+def _(right, z, t, counted, clip, smoothing):
+    loss, saved = right(z, t, counted, clip, smoothing)
+    if clip is not None:
+        z, t = targets._as_counted(z, t, counted, smoothing)
+        c = z.clamp(*clip)
+        loss = -(t * (c / c.sum(-1, keepdim=True)).log()).sum(-1)
+    return loss, saved
 
 
 @mistake("targets detached", kernels.target_losses)
@@ -348,9 +350,20 @@ def _(right, g, z, t, counted, clip, smoothing, needs, saved):
     return dz, dt
 
 
-@mistake("clipped entries of targets with a gradient", aten.clamp_inclusive)
-def _(right, q, low, high):
-    return q.detach().clamp(low, high) + (q - q.detach())
+@mistake("clipped entries of targets with a gradient", cpu_targets.backward, targets.backward)
+def _(right, g, z, t, counted, clip, smoothing, needs, saved):
+    dz, dt = right(g, z, t, counted, clip, smoothing, needs, saved)
+    if clip is not None and dz is not None:
+        wide, t = targets._as_counted(z, t, counted, smoothing)
+        s = wide.sum(-1, keepdim=True)
+        w = t / (wide / s).clamp(*clip)
+        rest = g.unsqueeze(-1) * ((w * wide / s).sum(-1, keepdim=True) - w) / s
+        dz = (
+            rest.to(dz.dtype)
+            if counted is None
+            else rest.where(counted.unsqueeze(-1), 0).to(dz.dtype)
+        )
+    return dz, dt
 
 
 @mistake("masked targets counted", kernels.target_losses)

@@ -55,7 +55,8 @@ def test_the_version_has_one_source():
     root = Path(__file__).parent.parent
     project = tomllib.loads((root / "pyproject.toml").read_text())
     assert "version" not in project["project"] and "version" in project["project"]["dynamic"]
-    source = (root / project["tool"]["hatch"]["version"]["path"]).read_text()
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "torch_sce.__version__"}
+    source = (root / "torch_sce" / "__init__.py").read_text()
     assert re.findall(r'^__version__ = "(.*)"$', source, re.MULTILINE) == [torch_sce.__version__]
 
 

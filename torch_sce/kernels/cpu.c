@@ -34,7 +34,7 @@
 enum {
     LANES = 64,
     ROW_STEPS = 16,  /* in a block of parts of a row: 4 KiB of float32, and as many terms in a sum */
-    STEPS = 32,      /* in a block of rows, and the most in any */
+    STEPS = 64,      /* in a block of rows, and the most in any */
     FEW = 64,        /* classes; fewer are computed in blocks of rows even where contiguous */
     SEGMENT = 32768, /* classes; longer rows are cut into segments, which may go to any thread */
     GRAIN = 16384,   /* predictions: the least work to hand to a thread */
@@ -104,13 +104,13 @@ INLINE float from_f16(uint16_t h)
 
 INLINE uint16_t to_f16(float x)
 {
-    uint32_t sign = bits_of(x) >> 16 & 0x8000, b = bits_of(x) & 0x7fffffff;
-    uint32_t normal = (b - 0x38000000 + 0xfff + (b >> 13 & 1)) >> 13; /* ties to even */
-    uint32_t tiny = bits_of(float_of(b) + 0.5f) - 0x3f000000;         /* a multiple of 2^-24 */
-    uint32_t h = b < 0x38800000 ? tiny : normal;
+    int32_t b = (int32_t)(bits_of(x) & 0x7fffffff);
+    int32_t normal = (b - 0x38000000 + 0xfff + (b >> 13 & 1)) >> 13;             /* ties to even */
+    int32_t tiny = (int32_t)bits_of(float_of((uint32_t)b) + 0.5f) - 0x3f000000; /* k * 2^-24 */
+    int32_t h = b < 0x38800000 ? tiny : normal;
     h = b >= 0x477ff000 ? 0x7c00 : h; /* 65520 and more */
     h = b > 0x7f800000 ? 0x7e00 : h;
-    return (uint16_t)(sign | h);
+    return (uint16_t)(h | (int32_t)(bits_of(x) >> 16 & 0x8000));
 }
 
 /* exp(x) for x <= 0, within 1.1 units in the last place; 0 where it would be subnormal. */
@@ -128,6 +128,25 @@ INLINE float exp_float(float x)
     p = p * (r * r) + r + 1.0f;
     float power = float_of((bits_of(shifted) << 23) + 0x3f800000);
     return x < -87.33f ? 0 : p * power;
+}
+
+INLINE double exp_double(double x)
+{
+    double shifted = x * 1.4426950408889634 + 6755399441055744.0;
+    double n = shifted - 6755399441055744.0;
+    double r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
+    double p = 1.0 / 6227020800; /* Taylor's series to r^13 / 13!, |r| < 0.35 */
+    static const double factorials[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800,
+                                        39916800, 479001600};
+    for (int k = 12; k >= 2; k--)
+        p = p * r + 1 / factorials[k];
+    p = p * (r * r) + r + 1;
+    uint64_t bits;
+    memcpy(&bits, &shifted, 8);
+    bits = (bits << 52) + 0x3ff0000000000000;
+    double power;
+    memcpy(&power, &bits, 8);
+    return x < -708 ? 0 : p * power;
 }
 
 /* log(x) for normal x, within 1 unit in the last place; a NaN stays one. */
@@ -151,9 +170,34 @@ INLINE float log_float(float x)
     return x != x ? x : result;
 }
 
+/* log(x) for normal x, within 1e-12 of it: more than enough for a float, in vectors. */
+INLINE double wide_log_float(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    bits -= 0x3fe6a09e667f3bcd; /* sqrt(1/2) */
+    double n = (double)((int64_t)bits >> 52);
+    bits = (bits & 0x000fffffffffffff) + 0x3fe6a09e667f3bcd;
+    double y;
+    memcpy(&y, &bits, 8);
+    double f = (y - 1) / (y + 1), square = f * f;
+    double series = 1.0 / 13; /* of artanh(f), |f| < 0.172 */
+    for (int k = 11; k > 0; k -= 2)
+        series = series * square + 1.0 / k;
+    double result = n * 0.6931471805599453 + 2 * f * series;
+    return x != x ? x : x > 1.7e308 ? x : result;
+}
+
 /* x where `keep`, otherwise 0, in arithmetic that vectorises on every machine. */
 INLINE float only_float(bool keep, float x) { return float_of(bits_of(x) & -(uint32_t)keep); }
-INLINE double only_double(bool keep, double x) { return keep ? x : 0; }
+INLINE double only_double(bool keep, double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    bits &= -(uint64_t)keep;
+    memcpy(&x, &bits, 8);
+    return x;
+}
 
 /* ---- Rows and blocks ----------------------------------------------------------------------- */
 
@@ -164,7 +208,7 @@ typedef struct {
     int64_t at[TENSORS][LANES];    /* of class 0, in elements */
     bool adjacent[TENSORS];        /* whether the rows are contiguous */
     int64_t y[LANES];
-    bool counted[LANES], any_counted;
+    bool counted[LANES], any_counted, all_counted;
     int64_t begin, end;            /* the classes that are computed */
 } Group;
 
@@ -172,7 +216,8 @@ typedef struct {
 typedef struct {
     int64_t first;          /* the class of step 0, and lane 0 of a row in parts */
     int steps, lanes;
-    int32_t label[LANES];   /* the step whose term is left out; -1: none */
+    int32_t label[LANES];   /* the step of each lane that is left out of sums: its label's; -1: none */
+    int labelled;           /* the lane that has the label of a row in parts; -1: none */
 } Block;
 
 INLINE void locate(const Job *job, int64_t n, int64_t *row, int64_t at[TENSORS])
@@ -191,55 +236,78 @@ INLINE void locate(const Job *job, int64_t n, int64_t *row, int64_t at[TENSORS])
 
 INLINE void find_group(const Job *job, int64_t n, Group *group)
 {
-    int last = job->axes - 1;
-    group->rows = job->spread ? 1 : job->rows - n < LANES ? (int)(job->rows - n) : LANES;
-    int64_t left = job->size[last] - n % job->size[last], row, at[TENSORS];
-    bool one_run = group->rows <= left;
+    int last = job->axes - 1, rows = job->rows - n < LANES ? (int)(job->rows - n) : LANES;
+    group->rows = job->spread ? 1 : rows;
+    int64_t row, at[TENSORS];
+    bool one_run = group->rows <= job->size[last] - n % job->size[last];
     locate(job, n, &row, at);
-    for (int w = 0; w < group->rows; w++) {
-        if (w && !one_run)
-            locate(job, n + w, &row, at);
-        int64_t i = one_run ? w : 0;
-        group->row[w] = row + i * job->row_step[last];
+    for (int w = 0; w < group->rows && one_run; w++)
+        group->row[w] = row + w * job->row_step[last];
+    for (int w = 0; w < group->rows && !one_run; w++) {
+        locate(job, n + w, &group->row[w], at);
         for (int x = 0; x < TENSORS; x++)
-            group->at[x][w] = at[x] + i * job->step[x][last];
+            group->at[x][w] = at[x];
     }
-    for (int x = 0; x < TENSORS; x++)
+    for (int x = 0; x < TENSORS; x++) {
         group->adjacent[x] = job->spread || (one_run && job->step[x][last] == 1);
-    group->any_counted = false;
-    for (int w = 0; w < LANES; w++) {
-        group->counted[w] = w < group->rows && (!job->counted || job->counted[group->row[w]]);
-        group->any_counted |= group->counted[w];
-        group->y[w] = group->counted[w] && job->y ? job->y[group->row[w]] : -1;
+        for (int w = 0; job->data[x] && one_run && w < group->rows; w++)
+            group->at[x][w] = at[x] + w * job->step[x][last];
     }
+    group->any_counted = group->all_counted = job->counted == NULL;
+    for (int w = 0; w < (job->spread ? 1 : LANES); w++)
+        group->counted[w] = w < group->rows, group->y[w] = -1;
+    if (job->counted) {
+        group->all_counted = true;
+        for (int w = 0; w < group->rows; w++) {
+            group->counted[w] = job->counted[group->row[w]];
+            group->any_counted |= group->counted[w];
+            group->all_counted &= group->counted[w];
+        }
+    }
+    for (int w = 0; w < group->rows && job->y; w++)
+        group->y[w] = group->counted[w] ? job->y[group->row[w]] : -1;
     group->begin = 0;
     group->end = job->classes;
 }
 
 INLINE bool is_class(const Job *job, int64_t y) { return 0 <= y && y < job->classes; }
 
+INLINE void before_blocks(Block *block)
+{
+    block->labelled = -1;
+    for (int w = 0; w < LANES; w++)
+        block->label[w] = -1;
+}
+
 /* The next block of a group, from class `first`; false if there is none. */
 INLINE bool find_block(const Job *job, const Group *group, int64_t first, Block *block)
 {
-    int64_t left = group->end - first, width = job->spread ? LANES : 1;
+    int64_t left = group->end - first;
     if (left <= 0)
         return false;
-    int64_t most = job->spread ? ROW_STEPS : STEPS, steps = left / width;
     block->first = first;
-    block->steps = (int)(steps == 0 ? 1 : steps < most ? steps : most);
-    block->lanes = job->spread ? (steps ? LANES : (int)left) : group->rows;
     if (!job->spread) {
+        block->steps = (int)(left < STEPS ? left : STEPS);
+        block->lanes = group->rows;
         for (int w = 0; w < LANES; w++) {
             int64_t k = group->y[w] - first;
             block->label[w] = 0 <= k && k < block->steps ? (int32_t)k : -1;
         }
         return true;
     }
-    for (int w = 0; w < LANES; w++)
-        block->label[w] = w < block->lanes ? -1 : 0;
-    int64_t k = group->y[0] - first;
-    if (0 <= k && k < (int64_t)block->steps * block->lanes)
-        block->label[k % LANES] = (int32_t)(k / LANES);
+    block->lanes = LANES;
+    block->steps = (int)(left >= ROW_STEPS * LANES ? ROW_STEPS : left >= LANES ? left / LANES : 1);
+    if (block->labelled >= 0)
+        block->label[block->labelled] = -1;
+    if (left < LANES) { /* the last LANES classes, of which some have been computed */
+        block->first = group->end - LANES;
+        for (int w = 0; w < LANES - left; w++)
+            block->label[w] = 0;
+    }
+    int64_t k = group->y[0] - block->first;
+    block->labelled = 0 <= k && k < block->steps * LANES ? (int)(k % LANES) : -1;
+    if (block->labelled >= 0)
+        block->label[block->labelled] = (int32_t)(k / LANES);
     return true;
 }
 
@@ -283,8 +351,8 @@ INLINE int64_t lane_at(const Job *job, const Group *group, Tensor x, int w)
 #define REAL double
 #define OWN_KIND F64
 #define NAME(x) x##_double
-#define exp_double exp
 #define log_double log
+#define wide_log_double log
 #include "cpu_rows.h"
 
 /* ---- Threads ------------------------------------------------------------------------------- */
@@ -343,22 +411,44 @@ static void prefer_huge_pages(void *data, int64_t bytes)
 
 /* ---- Python -------------------------------------------------------------------------------- */
 
-/* (address, kind, steps in the axes of the rows and in the class axis), or None. */
-static bool parse_tensor(Job *job, Tensor x, PyObject *given)
+/* Up to `most` integers of a tuple; returns how many, or -1 with an exception set. */
+static int parse_integers(PyObject *tuple, int most, int64_t *values)
 {
-    unsigned long long data;
-    int kind;
-    PyObject *steps;
-    if (given == Py_None)
-        return true;
-    if (!PyArg_ParseTuple(given, "KiO", &data, &kind, &steps))
+    Py_ssize_t n = PyTuple_Size(tuple);
+    if (n > most)
+        PyErr_SetString(PyExc_ValueError, "too many axes");
+    for (Py_ssize_t i = 0; i < n && n <= most; i++)
+        values[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
+    return PyErr_Occurred() ? -1 : (int)n;
+}
+
+/* What `_plan` of cpu.py returns. */
+static bool parse_plan(Job *job, PyObject *plan)
+{
+    long long classes;
+    PyObject *sizes, *row_steps, *tensors[TENSORS], *steps;
+    if (!PyArg_ParseTuple(plan, "LO!O!(OOOO)", &classes, &PyTuple_Type, &sizes, &PyTuple_Type,
+                          &row_steps, &tensors[Z], &tensors[T], &tensors[DZ], &tensors[DT]))
         return false;
-    job->data[x] = (char *)(uintptr_t)data;
-    job->kind[x] = (Kind)kind;
+    job->classes = classes;
+    job->axes = parse_integers(sizes, AXES, job->size);
+    if (job->axes < 1 || parse_integers(row_steps, AXES, job->row_step) != job->axes)
+        return false;
     for (int a = 0; a < job->axes; a++)
-        job->step[x][a] = PyLong_AsLongLong(PyTuple_GetItem(steps, a));
-    job->class_step[x] = PyLong_AsLongLong(PyTuple_GetItem(steps, job->axes));
-    return !PyErr_Occurred();
+        job->rows *= job->size[a];
+    for (int x = 0; x < TENSORS; x++) {
+        int64_t found[AXES + 1];
+        int kind;
+        if (tensors[x] == Py_None)
+            continue;
+        if (!PyArg_ParseTuple(tensors[x], "iO!", &kind, &PyTuple_Type, &steps)
+            || parse_integers(steps, AXES + 1, found) != job->axes + 1)
+            return false;
+        job->kind[x] = (Kind)kind;
+        job->class_step[x] = found[job->axes];
+        memcpy(job->step[x], found, sizeof job->step[x]);
+    }
+    return true;
 }
 
 static PyObject *run_python(PyObject *self, PyObject *args)
@@ -369,33 +459,22 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     };
     Job job = {.segments = 1, .rows = 1};
     int backward;
-    long long threads, classes, g_step;
-    unsigned long long y, counted, g, loss, saved;
-    PyObject *sizes, *row_steps, *given[TENSORS], *clip;
+    long long threads, g_step;
+    PyObject *plan, *clip;
+    unsigned long long y, counted, g, loss, saved, data[TENSORS];
     (void)self;
-    if (!PyArg_ParseTuple(args, "pLLOOOOOOKKKLKKOd:run", &backward, &threads, &classes, &sizes,
-                          &row_steps, &given[Z], &given[T], &given[DZ], &given[DT], &y, &counted,
-                          &g, &g_step, &loss, &saved, &clip, &job.smoothing))
+    if (!PyArg_ParseTuple(args, "pLO!(KKKKKKKKK)LOd:run", &backward, &threads, &PyTuple_Type, &plan,
+                          &data[Z], &data[T], &data[DZ], &data[DT], &y, &counted, &g, &loss, &saved,
+                          &g_step, &clip, &job.smoothing)
+        || !parse_plan(&job, plan))
         return NULL;
-    job.axes = (int)PyTuple_Size(sizes);
-    if (job.axes < 1 || job.axes > AXES) {
-        PyErr_SetString(PyExc_ValueError, "rows must have from 1 to 64 axes");
-        return NULL;
-    }
-    for (int a = 0; a < job.axes; a++) {
-        job.size[a] = PyLong_AsLongLong(PyTuple_GetItem(sizes, a));
-        job.row_step[a] = PyLong_AsLongLong(PyTuple_GetItem(row_steps, a));
-        job.rows *= job.size[a];
-    }
-    for (int x = 0; x < TENSORS; x++)
-        if (!parse_tensor(&job, (Tensor)x, given[x]))
-            return NULL;
     if (clip != Py_None) {
         job.probabilities = true;
         if (!PyArg_ParseTuple(clip, "dd", &job.low, &job.high))
             return NULL;
     }
-    job.classes = classes;
+    for (int x = 0; x < TENSORS; x++)
+        job.data[x] = (char *)(uintptr_t)data[x];
     job.y = (const int64_t *)(uintptr_t)y;
     job.counted = (const bool *)(uintptr_t)counted;
     job.g = (const void *)(uintptr_t)g;
@@ -404,20 +483,20 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     job.saved = (void *)(uintptr_t)saved;
 
     bool targets = job.data[T] != NULL, wide = job.kind[Z] == F64;
-    job.spread = job.class_step[Z] == 1 && classes >= FEW;
+    job.spread = job.class_step[Z] == 1 && job.classes >= FEW;
     job.unit = units[wide][targets][backward];
-    if (job.spread && classes > 2 * SEGMENT && (backward || !targets))
-        job.segments = (classes + SEGMENT - 1) / SEGMENT;
+    if (job.spread && job.classes > 2 * SEGMENT && (backward || !targets))
+        job.segments = job.classes / SEGMENT; /* the last one is longer */
     if (job.segments > 1 && !backward)
         job.parts = malloc(sizeof(double) * 3 * (size_t)(job.rows * job.segments));
     if (job.segments > 1 && !backward && !job.parts)
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    if (job.rows > 0 && classes > 0) {
+    if (job.rows > 0 && job.classes > 0) {
         size_t sizes_of[] = {4, 8, 2, 2};
         for (int x = DZ; x <= DT; x++)
             if (job.data[x])
-                prefer_huge_pages(job.data[x], job.rows * classes * (int64_t)sizes_of[job.kind[x]]);
+                prefer_huge_pages(job.data[x], job.rows * job.classes * (int64_t)sizes_of[job.kind[x]]);
         run(&job, threads);
         if (job.parts)
             (wide ? merge_segments_double : merge_segments_float)(&job);

@@ -4,12 +4,15 @@ one read and one write for the gradients.
 The extension is compiled when the package is installed. Without it (`native` is False) `aten` and
 `targets` serve the CPU, too.
 
-For the backward pass r is saved, and for logits m; z still has p. Rows that do not count are not
-read. Losses and gradients are bitwise the same for any number of threads.
+For the backward pass a row's summary is saved: of logits (r, p, m), of probabilities (r, q_y),
+which tells more than p = c_y. Rows that do not count are not read. Losses and gradients are
+bitwise the same for any number of threads.
 """
 
 import ctypes
 import functools
+import math
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -38,12 +41,16 @@ KINDS = {
 }
 
 
+Steps = tuple[int, ...]  # in elements
+Plan = tuple[int, Steps, Steps, tuple[tuple[int, Steps] | None, ...]]  # see `_plan`
+
+
 def forward(
     z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
 ) -> tuple[Tensor, Saved]:
-    """The loss of every row, and r and m of every row; only r for probabilities."""
+    """The loss of every row; and r, z_y and for logits m of every row."""
     loss = z.new_empty(y.shape, dtype=row_dtype(z))
-    saved = loss.new_empty((2 if clip is None else 1, *y.shape))
+    saved = loss.new_empty((3 if clip is None else 2, *y.shape))
     run(False, z, y=y, counted=counted, loss=loss, saved=saved, clip=clip)
     return loss, (saved,)
 
@@ -80,64 +87,58 @@ def run(
 ) -> None:
     """Calls cpu.c: writes `loss` and `saved`, or for `backward` dz and dt."""
     assert _cpu is not None
-    given = [None if x is None else x.resolve_neg() for x in (z, t, dz, dt)]
-    strides = tuple([None if x is None else x.stride() for x in given])
-    sizes, row_steps, steps = _layout(z.shape, strides)
-    tensors = [
-        None if x is None else (x.data_ptr(), KINDS[x.dtype], step)
-        for x, step in zip(given, steps, strict=True)
-    ]
+    z, t, g = _in_memory(z), t if t is None else _in_memory(t), g if g is None else _in_memory(g)
+    plan = _plan(z.shape, _description(z), _description(t), _description(dz), _description(dt))
     # What has an element for each row has them in order, but one g may be that of all rows.
-    y, counted, saved = (
-        None if x is None else x.resolve_neg().contiguous() for x in (y, counted, saved)
-    )
-    g_step = 0 if g is None else int(any(g.stride()))
-    if g is not None:
-        g = g.resolve_neg()
-        g = g.contiguous() if g_step else g
-    _cpu.run(
-        backward,
-        torch.get_num_threads(),
-        z.shape[-1],
-        sizes,
-        row_steps,
-        *tensors,
-        *(0 if x is None else x.data_ptr() for x in (y, counted, g)),
-        g_step,
-        0 if loss is None else loss.data_ptr(),
-        saved.data_ptr(),
-        clip,
-        smoothing,
-    )
+    g_step = 0 if g is None or not any(g.stride()) else 1
+    g = g.contiguous() if g_step and g is not None else g
+    y, counted, saved = _in_order(y), _in_order(counted), _in_memory(saved).contiguous()
+    given = (z, t, dz, dt, y, counted, g, loss, saved)
+    addresses = tuple([0 if x is None else x.data_ptr() for x in given])
+    _cpu.run(backward, torch.get_num_threads(), plan, addresses, g_step, clip, smoothing)
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """x without a negation that PyTorch has put off."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def _in_order(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _in_memory(x).contiguous()
+
+
+def _description(x: Tensor | None) -> tuple[torch.dtype, Steps] | None:
+    return None if x is None else (x.dtype, x.stride())
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(shape: torch.Size, strides: tuple) -> tuple[tuple, tuple, tuple]:
-    """Sizes of the rows' axes in z's order in memory, and the steps along them.
+def _plan(shape: torch.Size, *tensors: tuple[torch.dtype, Steps] | None) -> Plan:
+    """How to find rows in memory.
 
-    Those in tensors of one element for each row, and those in each of the tensors, with that of
-    the class axis last. Axes are joined where they can be in all of them.
+    The number of classes; the sizes of the rows' axes, in z's order in memory; their steps in
+    tensors of one element for each row; and for each tensor its kind and its steps, that of the
+    class axis last. Axes are joined where they can be in all of the tensors.
     """
-    rows = shape[:-1]
-    row_steps = torch.empty(rows, device="meta").stride()
-    order = sorted(range(len(rows)), key=lambda axis: strides[0][axis], reverse=True)
-    every = [row_steps, *(each for each in strides if each is not None)]
-    axes: list[list[int]] = []  # size, and a step for each of `every`
-    for axis in order:
-        size, steps = rows[axis], [each[axis] for each in every]
-        if size == 1 and len(rows) > 1:
+    *sizes, classes = shape
+    row_steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    strides = [row_steps, *(strides for _, strides in filter(None, tensors))]
+    axes: list[tuple[int, ...]] = []  # the size, and a step for each of `strides`
+    for axis in sorted(range(len(sizes)), key=lambda axis: strides[1][axis], reverse=True):
+        size, steps = sizes[axis], [each[axis] for each in strides]
+        if size == 1:
             continue
-        if axes and all(a == b * size for a, b in zip(axes[-1][1:], steps, strict=True)):
-            axes[-1] = [axes[-1][0] * size, *steps]
+        if axes and axes[-1][1:] == tuple(size * step for step in steps):
+            axes[-1] = (axes[-1][0] * size, *steps)
         else:
-            axes.append([size, *steps])
-    axes = axes or [[1] * (1 + len(every))]
-    found = iter(zip(*axes, strict=True))
-    sizes, row_steps = next(found), next(found)
+            axes.append((size, *steps))
+    axes = axes or [(1,) * (1 + len(strides))]
+    joined, row_steps, *steps = zip(*axes, strict=True)
+    found = iter(steps)
     return (
-        sizes,
+        classes,
+        joined,
         row_steps,
-        tuple(None if each is None else (*next(found), each[-1]) for each in strides),
+        tuple(None if x is None else (KINDS[x[0]], (*next(found), x[1][-1])) for x in tensors),
     )
 
 
@@ -154,7 +155,7 @@ def _connect() -> bool:
 
 def _address(library: str, function: str) -> int:
     """Of a C function in a library that PyTorch brings; 0: not there."""
-    for path in (Path(torch.__file__).parent / "lib").glob(library):
+    for path in Path(str(files(torch))).glob(f"lib/{library}"):
         found = getattr(ctypes.CDLL(str(path)), function, None)
         return ctypes.cast(found, ctypes.c_void_p).value or 0 if found else 0
     return 0

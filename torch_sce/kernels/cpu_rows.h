@@ -8,22 +8,86 @@
 #define EXP NAME(exp)
 #define LOG NAME(log)
 #define ONLY NAME(only)
+#define WIDE_LOG NAME(wide_log)
+#define FOR_ROWS(w) _Pragma("omp simd") for (int w = 0; w < lanes; w++)
 #define FOR_BLOCKS(k)                                                                              \
+    before_blocks(&block);                                                                         \
     for (int64_t k = group->begin; find_block(job, group, k, &block); k = end_of(job, &block))
 
 /* ---- Reading and writing blocks ------------------------------------------------------------ */
 
+typedef REAL NAME(Four) __attribute__((vector_size(4 * sizeof(REAL))));
+
+/* Copies 4 x 4 elements to the rows of `to` from the columns of `from`. */
+INLINE void NAME(transpose)(const REAL *const from[4], REAL *const to[4])
+{
+    NAME(Four) x[4], a, b;
+    for (int i = 0; i < 4; i++)
+        memcpy(&x[i], from[i], sizeof x[i]);
+    a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+    b = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+    x[0] = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+    x[1] = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+    x[2] = __builtin_shufflevector(x[0], x[1], 0, 1, 4, 5);
+    x[3] = __builtin_shufflevector(x[0], x[1], 2, 3, 6, 7);
+    x[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+    x[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    for (int i = 0; i < 4; i++)
+        memcpy(to[i], &x[i], sizeof x[i]);
+}
+
+/* Copies a block between the stack and rows whose classes are contiguous, four of four rows at a
+ * time; false if it cannot be done so. */
+INLINE bool NAME(copy_fours)(
+    const Job *job, const Group *group, const Block *block, Tensor x, bool writes, REAL *copy)
+{
+    if (job->spread || job->class_step[x] != 1 || job->kind[x] != OWN_KIND || block->steps < 4
+        || block->lanes % 4)
+        return false;
+    REAL *there = (REAL *)job->data[x] + block->first;
+    for (int w = 0; w < block->lanes; w += 4)
+        for (int k = 0; k < block->steps; k += 4) {
+            int first = k + 4 <= block->steps ? k : block->steps - 4; /* some are copied twice */
+            REAL *rows[4], *steps[4];
+            for (int i = 0; i < 4; i++) {
+                rows[i] = there + group->at[x][w + i] + first;
+                steps[i] = copy + (first + i) * LANES + w;
+            }
+            if (writes)
+                NAME(transpose)((const REAL *const *)steps, rows);
+            else
+                NAME(transpose)((const REAL *const *)rows, steps);
+        }
+    return true;
+}
+
 #define READ_AS(TYPE, REAL_OF)                                                                     \
     {                                                                                              \
-        const TYPE *from = (const TYPE *)job->data[x] + start;                                     \
+        const TYPE *from = (const TYPE *)job->data[x] + start_of(job, block, x);                   \
         if (is_adjacent(job, group, x))                                                            \
-            for (int k = 0; k < block->steps; k++)                                                 \
-                for (int w = 0; w < block->lanes; w++)                                             \
+            for (int k = 0; k < steps; k++)                                                        \
+                for (int w = 0; w < lanes; w++)                                                    \
                     copy[k * LANES + w] = (REAL)REAL_OF(from[group->at[x][0] + k * step + w]);     \
         else                                                                                       \
-            for (int w = 0; w < block->lanes; w++)                                                 \
-                for (int k = 0; k < block->steps; k++)                                             \
-                    copy[k * LANES + w] = (REAL)REAL_OF(from[lane_at(job, group, x, w) + k * step]);                   \
+            for (int w = 0; w < lanes; w++)                                                        \
+                for (int k = 0; k < steps; k++)                                                    \
+                    copy[k * LANES + w] =                                                          \
+                        (REAL)REAL_OF(from[lane_at(job, group, x, w) + k * step]);                 \
+        break;                                                                                     \
+    }
+
+#define WRITE_AS(TYPE, TYPE_OF)                                                                    \
+    {                                                                                              \
+        TYPE *to = (TYPE *)job->data[x] + start_of(job, block, x);                                 \
+        if (is_adjacent(job, group, x))                                                            \
+            for (int k = 0; k < steps; k++)                                                        \
+                for (int w = 0; w < lanes; w++)                                                    \
+                    to[group->at[x][0] + k * step + w] = (TYPE)TYPE_OF(copy[k * LANES + w]);       \
+        else                                                                                       \
+            for (int w = 0; w < lanes; w++)                                                        \
+                for (int k = 0; k < steps; k++)                                                    \
+                    to[lane_at(job, group, x, w) + k * step] =                                     \
+                        (TYPE)TYPE_OF(copy[k * LANES + w]);                                        \
         break;                                                                                     \
     }
 
@@ -31,11 +95,13 @@
 CLONES static void NAME(copy_block)(
     const Job *job, const Group *group, const Block *block, Tensor x, REAL fill, REAL *copy)
 {
-    int64_t start = start_of(job, block, x), step = step_of(job, x);
-    if (block->lanes < LANES)
-        for (int k = 0; k < block->steps; k++)
-            for (int w = block->lanes; w < LANES; w++)
-                copy[k * LANES + w] = fill;
+    int64_t step = step_of(job, x);
+    int steps = block->steps, lanes = block->lanes;
+    if (NAME(copy_fours)(job, group, block, x, false, copy))
+        return;
+    for (int k = 0; k < steps; k++)
+        for (int w = lanes; w < LANES; w++)
+            copy[k * LANES + w] = fill;
     switch (job->kind[x]) {
     case F32: READ_AS(float, )
     case F64: READ_AS(double, )
@@ -68,25 +134,14 @@ INLINE const REAL *NAME(read)(
     return copy;
 }
 
-#define WRITE_AS(TYPE, TYPE_OF)                                                                    \
-    {                                                                                              \
-        TYPE *to = (TYPE *)job->data[x] + start;                                                   \
-        if (is_adjacent(job, group, x))                                                            \
-            for (int k = 0; k < block->steps; k++)                                                 \
-                for (int w = 0; w < block->lanes; w++)                                             \
-                    to[group->at[x][0] + k * step + w] = (TYPE)TYPE_OF(from[k * LANES + w]);       \
-        else                                                                                       \
-            for (int w = 0; w < block->lanes; w++)                                                 \
-                for (int k = 0; k < block->steps; k++)                                             \
-                    to[lane_at(job, group, x, w) + k * step] = (TYPE)TYPE_OF(from[k * LANES + w]);                     \
-        break;                                                                                     \
-    }
-
 /* Writes a block that was computed in `from`. */
 CLONES static void NAME(write_block)(
-    const Job *job, const Group *group, const Block *block, Tensor x, const REAL *from)
+    const Job *job, const Group *group, const Block *block, Tensor x, REAL *copy)
 {
-    int64_t start = start_of(job, block, x), step = step_of(job, x);
+    int64_t step = step_of(job, x);
+    int steps = block->steps, lanes = block->lanes;
+    if (NAME(copy_fours)(job, group, block, x, true, copy))
+        return;
     switch (job->kind[x]) {
     case F32: WRITE_AS(float, )
     case F64: WRITE_AS(double, )
@@ -105,82 +160,69 @@ INLINE REAL *NAME(place)(
     return own ? (REAL *)job->data[x] + start_of(job, block, x) + group->at[x][0] : copy;
 }
 
-/* One element of predictions. */
-INLINE REAL NAME(element)(const Job *job, Tensor x, int64_t at)
-{
-    switch (job->kind[x]) {
-    case F32: return (REAL)((const float *)job->data[x])[at];
-    case BF16: return (REAL)from_bf16(((const uint16_t *)job->data[x])[at]);
-    case F16: return (REAL)from_f16(((const uint16_t *)job->data[x])[at]);
-    default: return (REAL)((const double *)job->data[x])[at];
-    }
-}
+/* ---- Sums ---------------------------------------------------------------------------------- */
 
-/* ---- Integer labels ------------------------------------------------------------------------ */
-
-/* What the lanes have added up so far: m and r of `contract`, or m and s. */
+/* What the rows of a group have added up so far: m and r of `contract`, or m and s. */
 typedef struct {
     REAL m[LANES];
     double r[LANES];
 } NAME(Sums);
 
-/* Takes the largest of a block's logits into m, and returns what to subtract from logits. */
+/* Adds what the lanes have added up over a block to the sums of their rows, or of the one row. */
+INLINE void NAME(add)(bool spread, const REAL *part, double *sum)
+{
+    if (!spread) {
+        FOR_LANES(w) sum[w] += part[w];
+        return;
+    }
+    double total = 0;
+    _Pragma("omp simd reduction(+ : total)")
+    for (int w = 0; w < LANES; w++)
+        total += part[w];
+    *sum += total;
+}
+
+/* Raises m to the largest logit of a block, and r with it. `shift` is what to subtract from logits:
+ * m, or 0 where all are minus infinity so far. */
 INLINE void NAME(raise)(
-    bool spread, const REAL *z, int64_t step, int steps, NAME(Sums) *sums, REAL *shift,
-    REAL *factor)
+    bool spread, const REAL *z, int64_t step, int steps, NAME(Sums) *sums, REAL *shift)
 {
     REAL top[LANES];
-    FOR_LANES(w) top[w] = sums->m[w];
+    FOR_LANES(w) top[w] = spread ? LOW_REAL : sums->m[w];
     for (int k = 0; k < steps; k++)
         FOR_LANES(w) top[w] = z[k * step + w] > top[w] ? z[k * step + w] : top[w];
     if (spread) {
-        REAL most = LOW_REAL;
+        REAL most = sums->m[0];
         _Pragma("omp simd reduction(max : most)")
         for (int w = 0; w < LANES; w++)
             most = top[w] > most ? top[w] : most;
-        FOR_LANES(w) top[w] = most;
+        REAL subtracted = most == LOW_REAL ? 0 : most;
+        if (most > sums->m[0])
+            sums->r[0] *= EXP(sums->m[0] - subtracted);
+        sums->m[0] = most;
+        FOR_LANES(w) shift[w] = subtracted;
+    } else {
+        FOR_LANES(w) {
+            shift[w] = top[w] == LOW_REAL ? 0 : top[w];
+            sums->r[w] *= EXP(sums->m[w] - shift[w]);
+            sums->m[w] = top[w];
+        }
     }
-    FOR_LANES(w) shift[w] = top[w] == LOW_REAL ? 0 : top[w]; /* all minus infinity so far */
-    FOR_LANES(w) factor[w] = EXP(sums->m[w] - shift[w]);
-    FOR_LANES(w) sums->m[w] = top[w];
 }
+
+/* ---- Integer labels ------------------------------------------------------------------------ */
 
 INLINE void NAME(add_logits)(
     bool spread, const REAL *z, int64_t step, const Block *block, NAME(Sums) *sums)
 {
-    REAL shift[LANES], factor[LANES], part[LANES] = {0};
-    NAME(raise)(spread, z, step, block->steps, sums, shift, factor);
-    for (int k = 0; k < block->steps; k++)
+    REAL shift[LANES], part[LANES] = {0};
+    NAME(raise)(spread, z, step, block->steps, sums, shift);
+    for (int k = 0; k < block->steps; k++) {
+        for (int w = 0; w < LANES && spread; w += 64 / (int)sizeof(REAL))
+            __builtin_prefetch(z + ROW_STEPS * LANES + k * step + w);
         FOR_LANES(w) part[w] += ONLY(k != block->label[w], EXP(z[k * step + w] - shift[w]));
-    FOR_LANES(w) sums->r[w] = sums->r[w] * factor[w] + part[w];
-}
-
-INLINE void NAME(add_probabilities)(
-    REAL low, REAL high, const REAL *q, int64_t step, const Block *block, NAME(Sums) *sums)
-{
-    REAL part[LANES] = {0};
-    for (int k = 0; k < block->steps; k++)
-        FOR_LANES(w) {
-            REAL c = q[k * step + w] < low ? low : q[k * step + w];
-            c = c > high ? high : c;
-            part[w] += ONLY(k != block->label[w], c);
-        }
-    FOR_LANES(w) sums->r[w] += part[w];
-}
-
-/* The loss of a row from its m, r and p (clipped), e = exp(p - m), and what backward needs. */
-INLINE void NAME(finish)(
-    const Job *job, int64_t row, bool counted, int64_t y, REAL m, double r, REAL p, REAL e)
-{
-    double loss = NAN;
-    if (!counted)
-        loss = 0;
-    else if (is_class(job, y))
-        loss = job->probabilities ? log((r + p) / p) : log(r + e) + (double)(m - p);
-    ((REAL *)job->loss)[row] = (REAL)loss;
-    ((REAL *)job->saved)[row] = (REAL)r;
-    if (!job->probabilities)
-        ((REAL *)job->saved)[job->rows + row] = m;
+    }
+    NAME(add)(spread, part, sums->r);
 }
 
 INLINE REAL NAME(clip)(const Job *job, REAL q)
@@ -190,40 +232,67 @@ INLINE REAL NAME(clip)(const Job *job, REAL q)
     return q > high ? high : q;
 }
 
+INLINE void NAME(add_probabilities)(
+    const Job *job, const REAL *q, int64_t step, const Block *block, NAME(Sums) *sums)
+{
+    REAL part[LANES] = {0};
+    for (int k = 0; k < block->steps; k++)
+        FOR_LANES(w) part[w] += ONLY(k != block->label[w], NAME(clip)(job, q[k * step + w]));
+    NAME(add)(job->spread, part, sums->r);
+}
+
+/* Losses from m and r of rows and p, which is z_y or a NaN: writes them, and saves all three. */
+INLINE void NAME(finish)(
+    const Job *job, int lanes, int rows, const int64_t *row, const bool *counted,
+    const NAME(Sums) *sums, const REAL *p)
+{
+    REAL loss[LANES], *saved = job->saved;
+    if (job->probabilities)
+        FOR_ROWS(w) {
+            REAL c = NAME(clip)(job, p[w]);
+            loss[w] = (REAL)WIDE_LOG((sums->r[w] + c) / c);
+        }
+    else
+        FOR_ROWS(w) {
+            double s = sums->r[w] + EXP(p[w] - sums->m[w]);
+            loss[w] = (REAL)(WIDE_LOG(s) + (double)(sums->m[w] - p[w]));
+        }
+    for (int w = 0; w < rows; w++) {
+        ((REAL *)job->loss)[row[w]] = counted[w] ? loss[w] : 0;
+        saved[row[w]] = (REAL)sums->r[w];
+        saved[job->rows + row[w]] = p[w];
+        if (!job->probabilities)
+            saved[2 * job->rows + row[w]] = sums->m[w];
+    }
+}
+
 /* Losses, or m, r and p of a segment if `part` is given. */
 INLINE void NAME(group_losses)(const Job *job, Group *group, double *part)
 {
     NAME(Sums) sums;
-    REAL p[LANES] = {0}, e[LANES], copy[STEPS * LANES];
+    REAL p[LANES], copy[STEPS * LANES];
+    int lanes = job->spread ? 1 : LANES;
     Block block;
-    FOR_LANES(w) sums.m[w] = job->probabilities ? 0 : LOW_REAL;
-    FOR_LANES(w) sums.r[w] = 0;
+    FOR_ROWS(w) sums.m[w] = job->probabilities ? 0 : LOW_REAL, sums.r[w] = 0, p[w] = (REAL)NAN;
     if (!group->any_counted)
         group->end = group->begin;
     FOR_BLOCKS(k) {
         int64_t step;
         const REAL *z = NAME(read)(job, group, &block, Z, LOW_REAL, copy, &step);
         if (job->probabilities)
-            NAME(add_probabilities)((REAL)job->low, (REAL)job->high, z, step, &block, &sums);
+            NAME(add_probabilities)(job, z, step, &block, &sums);
         else
             NAME(add_logits)(job->spread, z, step, &block, &sums);
-        for (int w = 0; w < block.lanes; w++)
+        if (block.labelled >= 0)
+            p[0] = z[block.label[block.labelled] * step + block.labelled];
+        for (int w = 0; w < block.lanes && !job->spread; w++)
             if (block.label[w] >= 0)
-                p[job->spread ? 0 : w] = z[block.label[w] * step + w];
+                p[w] = z[block.label[w] * step + w];
     }
-    if (job->spread)
-        for (int w = 1; w < LANES; w++)
-            sums.r[0] += sums.r[w];
-    if (job->probabilities)
-        FOR_LANES(w) p[w] = NAME(clip)(job, p[w]);
-    else
-        FOR_LANES(w) e[w] = EXP(p[w] - sums.m[w]);
     if (part)
         part[0] = sums.m[0], part[1] = sums.r[0], part[2] = p[0];
     else
-        for (int w = 0; w < group->rows; w++)
-            NAME(finish)(job, group->row[w], group->counted[w], group->y[w], sums.m[w],
-                         sums.r[w], p[w], e[w]);
+        NAME(finish)(job, lanes, group->rows, group->row, group->counted, &sums, p);
 }
 
 /* Merges the segments of every row, in their order. */
@@ -233,51 +302,53 @@ static void NAME(merge_segments)(const Job *job)
         const double *part = job->parts + 3 * n * job->segments;
         int64_t row, at[TENSORS];
         locate(job, n, &row, at);
+        NAME(Sums) sums = {.m = {LOW_REAL}};
         bool counted = !job->counted || job->counted[row];
-        int64_t y = counted ? job->y[row] : -1;
-        double m = part[0], r = 0;
-        for (int64_t i = 1; i < job->segments; i++)
-            m = part[3 * i] > m ? part[3 * i] : m;
+        REAL p = (REAL)NAN;
         for (int64_t i = 0; i < job->segments; i++)
-            r += part[3 * i + 1] * (job->probabilities || part[3 * i] == m ? 1 : exp(part[3 * i] - m));
-        REAL p = is_class(job, y) ? (REAL)part[3 * (y / SEGMENT) + 2] : 0;
-        NAME(finish)(job, row, counted, y, (REAL)m, r, p, (REAL)exp(p - m));
+            sums.m[0] = part[3 * i] > sums.m[0] ? (REAL)part[3 * i] : sums.m[0];
+        for (int64_t i = 0; i < job->segments; i++) {
+            bool highest = part[3 * i] == sums.m[0]; /* so are two infinities */
+            sums.r[0] += part[3 * i + 1] * (highest ? 1 : exp(part[3 * i] - sums.m[0]));
+            p = part[3 * i + 2] == part[3 * i + 2] ? (REAL)part[3 * i + 2] : p;
+        }
+        NAME(finish)(job, 1, 1, &row, &counted, &sums, &p);
     }
 }
 
 INLINE void NAME(group_gradients)(const Job *job, Group *group)
 {
     REAL f[LANES], shift[LANES], at_label[LANES], in[STEPS * LANES], out[STEPS * LANES];
-    REAL low = (REAL)job->low, high = (REAL)job->high;
+    REAL m[LANES], p[LANES], low = (REAL)job->low, high = (REAL)job->high;
+    double g[LANES], r[LANES];
+    int lanes = job->spread ? 1 : LANES;
     Block block;
-    for (int w = 0; w < LANES; w++) {
-        bool counted = group->counted[w];
-        int64_t row = group->row[counted ? w : 0];
-        f[w] = shift[w] = at_label[w] = 0;
-        if (!counted)
+    for (int w = 0; w < lanes; w++) {
+        const REAL *saved = (const REAL *)job->saved + group->row[w];
+        g[w] = m[w] = p[w] = 0, r[w] = 1;
+        if (!group->counted[w])
             continue;
-        double g = ((const REAL *)job->g)[row * job->g_step];
-        double r = ((const REAL *)job->saved)[row], p = NAN;
-        if (is_class(job, group->y[w]))
-            p = NAME(element)(job, Z, group->at[Z][w] + group->y[w] * job->class_step[Z]);
-        if (job->probabilities) {
-            double c = is_class(job, group->y[w]) ? NAME(clip)(job, (REAL)p) : NAN;
-            f[w] = (REAL)(g / (r + c));
-            at_label[w] = low <= p && p <= high ? (REAL)(-(g / (r + c)) * (r / c)) : 0;
-        } else {
-            double m = ((const REAL *)job->saved)[job->rows + row];
-            double s = r + EXP((REAL)p - (REAL)m);
-            shift[w] = m == LOW_REAL ? 0 : (REAL)m;
-            f[w] = (REAL)(g / s);
-            at_label[w] = (REAL)(-g * (r / s));
-        }
+        g[w] = ((const REAL *)job->g)[group->row[w] * job->g_step];
+        r[w] = saved[0], p[w] = saved[job->rows];
+        if (!job->probabilities)
+            m[w] = saved[2 * job->rows];
     }
+    if (job->probabilities)
+        FOR_ROWS(w) {
+            double c = NAME(clip)(job, p[w]), s = r[w] + c;
+            shift[w] = 0;
+            f[w] = (REAL)(g[w] / s);
+            at_label[w] = ONLY(low <= p[w] && p[w] <= high, (REAL)(-(g[w] / s) * (r[w] / c)));
+        }
+    else
+        FOR_ROWS(w) {
+            double s = r[w] + EXP(p[w] - m[w]);
+            shift[w] = m[w] == LOW_REAL ? 0 : m[w];
+            f[w] = (REAL)(g[w] / s);
+            at_label[w] = (REAL)(-g[w] * (r[w] / s));
+        }
     if (job->spread)
-        for (int w = 1; w < LANES; w++)
-            f[w] = f[0], shift[w] = shift[0], at_label[w] = at_label[0];
-    bool all = true;
-    for (int w = 0; w < group->rows; w++)
-        all &= group->counted[w];
+        FOR_LANES(w) f[w] = f[0], shift[w] = shift[0];
     FOR_BLOCKS(k) {
         int64_t step = LANES, out_step;
         REAL *dz = NAME(place)(job, group, &block, DZ, out, &out_step);
@@ -296,12 +367,14 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
                 for (int i = 0; i < block.steps; i++)
                     FOR_LANES(w) dz[i * out_step + w] = f[w] * EXP(z[i * step + w] - shift[w]);
         }
-        for (int w = 0; w < block.lanes; w++)
+        if (block.labelled >= 0)
+            dz[block.label[block.labelled] * out_step + block.labelled] = at_label[0];
+        for (int w = 0; w < block.lanes && !job->spread; w++)
             if (block.label[w] >= 0)
                 dz[block.label[w] * out_step + w] = at_label[w];
-        if (!all)
+        if (!group->all_counted && !job->spread)
             for (int w = 0; w < block.lanes; w++)
-                if (!job->spread && !group->counted[w])
+                if (!group->counted[w])
                     for (int i = 0; i < block.steps; i++)
                         dz[i * out_step + w] = 0;
         if (dz == out)
@@ -336,10 +409,14 @@ INLINE void NAME(add_logits_and_targets)(
     bool spread, const REAL *z, int64_t step, const REAL *t, int64_t t_step, const Block *block,
     NAME(TargetSums) *sums)
 {
-    REAL shift[LANES], factor[LANES], s[LANES] = {0}, total[LANES] = {0}, loss[LANES] = {0};
-    REAL before[LANES];
-    FOR_LANES(w) before[w] = sums->exponentials.m[w];
-    NAME(raise)(spread, z, step, block->steps, &sums->exponentials, shift, factor);
+    REAL before[LANES], shift[LANES], s[LANES] = {0}, total[LANES] = {0}, loss[LANES] = {0};
+    int lanes = spread ? 1 : LANES;
+    FOR_ROWS(w) before[w] = sums->exponentials.m[w];
+    NAME(raise)(spread, z, step, block->steps, &sums->exponentials, shift);
+    FOR_ROWS(w) {
+        double rise = before[w] == LOW_REAL ? 0 : (double)shift[w] - before[w];
+        sums->loss[w] += sums->total[w] * rise;
+    }
     for (int k = 0; k < block->steps; k++)
         FOR_LANES(w) {
             REAL x = z[k * step + w] - shift[w];
@@ -348,21 +425,19 @@ INLINE void NAME(add_logits_and_targets)(
             total[w] += ONLY(here, t[k * t_step + w]);
             loss[w] -= ONLY(here, t[k * t_step + w] * x);
         }
-    FOR_LANES(w) {
-        double rise = before[w] == LOW_REAL ? 0 : (double)shift[w] - before[w];
-        sums->loss[w] += sums->total[w] * rise + loss[w];
-        sums->total[w] += total[w];
-        sums->exponentials.r[w] = sums->exponentials.r[w] * factor[w] + s[w];
-    }
+    NAME(add)(spread, s, sums->exponentials.r);
+    NAME(add)(spread, total, sums->total);
+    NAME(add)(spread, loss, sums->loss);
 }
 
 /* Sums of probabilities without the lanes that a block does not have. */
-INLINE void NAME(add_up)(const REAL *q, int64_t step, const Block *block, double *sum)
+INLINE void NAME(add_up)(
+    bool spread, const REAL *q, int64_t step, const Block *block, double *sum)
 {
     REAL part[LANES] = {0};
     for (int k = 0; k < block->steps; k++)
         FOR_LANES(w) part[w] += ONLY(k != block->label[w], q[k * step + w]);
-    FOR_LANES(w) sum[w] += part[w];
+    NAME(add)(spread, part, sum);
 }
 
 INLINE void NAME(add_normalised)(
@@ -378,8 +453,8 @@ INLINE void NAME(add_normalised)(
             a[w] += ONLY(here, ONLY(n == c, t_ / c) * n);
             inside[w] = here && n == c ? 1 : inside[w];
         }
-    FOR_LANES(w) sums->total[w] += a[w];
-    FOR_LANES(w) sums->loss[w] += loss[w];
+    NAME(add)(job->spread, a, sums->total);
+    NAME(add)(job->spread, loss, sums->loss);
 }
 
 INLINE void NAME(group_target_losses)(const Job *job, Group *group)
@@ -389,18 +464,18 @@ INLINE void NAME(group_target_losses)(const Job *job, Group *group)
     REAL *saved = job->saved;
     Block block;
     int64_t step, t_step;
-    FOR_LANES(w) sums.exponentials.m[w] = LOW_REAL;
-    FOR_LANES(w) sums.exponentials.r[w] = sums.total[w] = sums.loss[w] = 0;
+    int lanes = job->spread ? 1 : LANES;
+    FOR_ROWS(w) {
+        sums.exponentials.m[w] = LOW_REAL;
+        sums.exponentials.r[w] = sums.total[w] = sums.loss[w] = 0;
+    }
     if (!group->any_counted)
         group->end = group->begin;
     if (job->probabilities) {
         FOR_BLOCKS(k) {
             const REAL *q = NAME(read)(job, group, &block, Z, 0, z_copy, &step);
-            NAME(add_up)(q, step, &block, sums.exponentials.r);
+            NAME(add_up)(job->spread, q, step, &block, sums.exponentials.r);
         }
-        if (job->spread)
-            for (int w = 1; w < LANES; w++)
-                sums.exponentials.r[0] += sums.exponentials.r[w];
         FOR_LANES(w) s[w] = (REAL)sums.exponentials.r[job->spread ? 0 : w];
     }
     FOR_BLOCKS(k) {
@@ -411,14 +486,8 @@ INLINE void NAME(group_target_losses)(const Job *job, Group *group)
         else
             NAME(add_logits_and_targets)(job->spread, z, step, t, t_step, &block, &sums);
     }
-    if (job->spread)
-        for (int w = 1; w < LANES; w++) {
-            sums.total[0] += sums.total[w];
-            sums.loss[0] += sums.loss[w];
-            inside[0] = inside[w] ? 1 : inside[0];
-            if (!job->probabilities)
-                sums.exponentials.r[0] += sums.exponentials.r[w];
-        }
+    for (int w = 1; w < LANES && job->spread; w++)
+        inside[0] = inside[w] ? 1 : inside[0];
     for (int w = 0; w < group->rows; w++) {
         int64_t row = group->row[w];
         double loss = sums.loss[w];
@@ -532,7 +601,9 @@ CLONES static void NAME(target_gradients)(const Job *job, int64_t unit)
 #undef EXP
 #undef LOG
 #undef ONLY
+#undef WIDE_LOG
 #undef READ_AS
 #undef WRITE_AS
+#undef FOR_ROWS
 #undef FOR_BLOCKS
 #undef FOR_GROUPS

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten, cpu, cpu_targets, modes, targets
+from . import aten, cpu, cpu_targets, modes, operators, targets
 from .contract import Clip, Kernels, TargetKernels
 from .cpu import native
 
@@ -44,6 +44,8 @@ def row_losses(
 
     `counted`, `clip` and `in_range` are as `contract.Kernels` has them.
     """
+    if _is_compiled_for_cpu(z, y, counted):
+        return operators.label_losses(z, y, counted, clip)
     if _needs_plain_operations(z, y, counted):
         z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, counted, clip)
@@ -65,6 +67,8 @@ def target_losses(
     smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of every row of z for the targets t of its shape: (...) for (..., C)."""
+    if _is_compiled_for_cpu(z, t, counted):
+        return operators.target_losses(z, t, counted, clip, smoothing)
     if _needs_plain_operations(z, t, counted):
         return targets.losses(whole_rows(z), whole_rows(t), counted, clip, smoothing)
     if z.ndim > 1:
@@ -75,6 +79,18 @@ def target_losses(
 
 def _over(operation: Callable[..., Tensor], x: Tensor | None, *arguments: int) -> Tensor | None:
     return None if x is None else operation(x, *arguments)
+
+
+def _is_compiled_for_cpu(z: Tensor, *others: Tensor | None) -> bool:
+    """Whether this becomes part of a compiled graph, with tensors that `cpu` can read."""
+    return (
+        torch.compiler.is_compiling()
+        and _kernels(z) is cpu
+        and hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
+        and not torch.compiler.is_exporting()
+        and not modes.transforms_active()
+        and all(x is None or type(x) in PLAIN for x in (z, *others))
+    )
 
 
 def _needs_plain_operations(*tensors: Tensor | None) -> bool:

@@ -49,10 +49,15 @@ def forward(
     z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
 ) -> tuple[Tensor, Saved]:
     """The loss of every row; and r, z_y and for logits m of every row."""
-    loss = z.new_empty(y.shape, dtype=row_dtype(z))
-    saved = loss.new_empty((3 if clip is None else 2, *y.shape))
+    loss, saved = results(z, y.shape, 3 if clip is None else 2)
     run(False, z, y=y, counted=counted, loss=loss, saved=saved, clip=clip)
     return loss, (saved,)
+
+
+def results(z: Tensor, rows: torch.Size, numbers: int) -> tuple[Tensor, Tensor]:
+    """Empty tensors for the losses of rows, and for what is saved of them."""
+    loss = z.new_empty(rows, dtype=row_dtype(z))
+    return loss, loss.new_empty((numbers, *rows))
 
 
 def backward(

@@ -259,10 +259,10 @@ INLINE void NAME(finish)(
         }
     for (int w = 0; w < rows; w++) {
         ((REAL *)job->loss)[row[w]] = counted[w] ? loss[w] : 0;
-        saved[row[w]] = (REAL)sums->r[w];
-        saved[job->rows + row[w]] = p[w];
+        saved[row[w]] = counted[w] ? (REAL)sums->r[w] : 0;
+        saved[job->rows + row[w]] = counted[w] ? p[w] : 0;
         if (!job->probabilities)
-            saved[2 * job->rows + row[w]] = sums->m[w];
+            saved[2 * job->rows + row[w]] = counted[w] ? sums->m[w] : 0;
     }
 }
 
@@ -490,13 +490,16 @@ INLINE void NAME(group_target_losses)(const Job *job, Group *group)
         inside[0] = inside[w] ? 1 : inside[0];
     for (int w = 0; w < group->rows; w++) {
         int64_t row = group->row[w];
+        bool counted = group->counted[w];
         double loss = sums.loss[w];
         if (!job->probabilities)
             loss += sums.total[w] * log(sums.exponentials.r[w]);
-        ((REAL *)job->loss)[row] = group->counted[w] ? (REAL)loss + 0 : 0; /* never -0.0 */
+        ((REAL *)job->loss)[row] = counted ? (REAL)loss + 0 : 0; /* never -0.0 */
         saved[row] = (REAL)sums.exponentials.r[w];
         saved[job->rows + row] = (REAL)sums.total[w];
         saved[2 * job->rows + row] = job->probabilities ? inside[w] : sums.exponentials.m[w];
+        for (int i = 0; i < 3 && !counted; i++)
+            saved[i * job->rows + row] = 0;
     }
 }
 

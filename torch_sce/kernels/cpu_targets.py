@@ -7,17 +7,16 @@ the bounds.
 import torch
 from torch import Tensor
 
-from .aten import empty_like, row_dtype
+from .aten import empty_like
 from .contract import Clip, Saved
-from .cpu import KINDS, run
+from .cpu import KINDS, results, run
 
 
 def forward(
     z: Tensor, t: Tensor, counted: Tensor | None, clip: Clip, smoothing: float
 ) -> tuple[Tensor, Saved]:
     """The loss of every row, and three numbers of every row."""
-    loss = z.new_empty(z.shape[:-1], dtype=row_dtype(z))
-    saved = loss.new_empty((3, *loss.shape))
+    loss, saved = results(z, z.shape[:-1], 3)
     run(False, z, _readable(t), counted=counted, loss=loss, saved=saved, clip=clip,
         smoothing=smoothing)  # fmt: skip
     return loss, (saved,)

@@ -52,8 +52,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# The version is in the last of these.
-$(READY): pyproject.toml constraints.txt torch_sce/__init__.py
+# Once more if the dependencies, the version or the C code have changed.
+$(READY): pyproject.toml constraints.txt torch_sce/__init__.py torch_sce/kernels/cpu.c \
+		torch_sce/kernels/cpu_rows.h
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt -e '.[metrics,tensorflow,report,triton]' --group dev

@@ -391,8 +391,7 @@ static void run(Job *job, int64_t threads)
         torch_parallel_for(0, threads, 1, take_part, job);
     else if (threads > 1 && gomp_parallel)
         gomp_parallel(take_all, job, (unsigned)threads, 0);
-    else
-        take_units(job);
+    take_units(job); /* all that are left */
 }
 
 /* Asks for pages of 2 MiB for memory that is about to be written for the first time. */

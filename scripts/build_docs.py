@@ -2,6 +2,7 @@
 
     docs/differences.md   the table of what the cross-check draws
     docs/explain.md       what `print(explain(...))` prints
+    docs/speed.md         the tables of the recorded benchmark, docs/benchmark-cpu.json
     build/docs            the API reference, from the docstrings by pdoc
 
 The pages have each generated part between two comments, and a test compares it with what is
@@ -9,6 +10,7 @@ written here.
 """
 
 import importlib
+import json
 import re
 import sys
 import warnings
@@ -18,6 +20,20 @@ from typing import Any
 from unittest import mock
 
 import torch
+from benchmark.cases import (
+    COMPILED,
+    CROSS_ENTROPY,
+    FRESH_MOVES,
+    KERAS_TORCH,
+    MOVES,
+    OF_LOG,
+    OURS,
+    PROBABILITIES,
+    TF_KERAS,
+    Case,
+)
+from benchmark.measuring import BOTH, PASSES
+from benchmark.results import Result
 
 import torch_sce
 from torch_sce.arrays import ArrayLike
@@ -53,9 +69,36 @@ def printed_explanation() -> str:
     return f"```\n{torch_sce.explain(loss, torch.tensor([2, 1]), logits)}\n```"
 
 
+COLUMNS = (CROSS_ENTROPY, COMPILED, KERAS_TORCH, TF_KERAS, MOVES, FRESH_MOVES)
+
+
+def speed_tables() -> str:
+    """How many times our time the others take, and the memory, on quiet cores and on busy ones."""
+    results = []
+    for entry in json.loads((ROOT / "docs" / "benchmark-cpu.json").read_text())["cases"]:
+        case = Case(**entry["case"] | {"shape": tuple(entry["case"]["shape"])})
+        results.append(Result(**entry | {"case": case}))
+    heading = [f"| predictions | {' | '.join(COLUMNS)} | peak memory |", "|---" * 8 + "|"]
+    quiet, busy = ([r for r in results if r.case.busy is busy] for busy in (False, True))
+    tables = ["\n".join([*heading, *map(speed_row, group)]) for group in (quiet, busy) if group]
+    return "\n\nBeside a busy process on each core:\n\n".join(tables)
+
+
+def speed_row(result: Result) -> str:
+    theirs = OF_LOG if result.case.kind == PROBABILITIES else CROSS_ENTROPY
+    cells = [
+        " / ".join(f"{result.ratio(peer, which):.2f}" for which in PASSES)
+        for peer in (theirs, *COLUMNS[1:])
+    ]
+    cells.append(", ".join(f"{result.peak(name, BOTH):.2f}" for name in (OURS, theirs)))
+    shown = ["-" if "nan" in cell else cell for cell in (result.case.name, *cells)]
+    return f"| {' | '.join(shown)} |"
+
+
 PARTS = {
     ROOT / "docs" / "differences.md": differences_table,
     ROOT / "docs" / "explain.md": printed_explanation,
+    ROOT / "docs" / "speed.md": speed_tables,
 }
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from benchmark.cases import (
     COMPILED,
     CROSS_ENTROPY,
     CUDA_CASES,
+    FRESH_MOVES,
     KERAS_TORCH,
     MOVES,
     NONE_IGNORED,
@@ -25,8 +28,10 @@ from benchmark.cases import (
     predictions,
 )
 from benchmark.peers import CANDIDATES, NAMES, PEERS, ours_none_ignored
-from benchmark.results import COPY, Result, measure
+from benchmark.results import COPY, Result, add_moves, measure
 from rich.console import Console
+
+from torch_sce.kernels import native
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHORT = (0.0, 2)  # seconds and rounds for a case
@@ -70,7 +75,7 @@ def test_ours_with_none_ignored_counts_every_label():
 def test_every_floor_has_a_peer_that_takes_the_case():
     for case in (*CASES, *CUDA_CASES):
         tiny = dataclasses.replace(case, shape=tuple(min(size, 9) for size in case.shape))
-        for peer in set(case.floors) - {MOVES}:
+        for peer in {*case.floors, *case.busy_floors} - {MOVES}:
             assert CANDIDATES[peer](tiny, "cpu") is not None
 
 
@@ -82,6 +87,31 @@ heavy = {"torch_sce", "benchmark.peers", "rich", "matplotlib"} & set(sys.modules
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, check=True)
+
+
+def test_busy_processes_end_with_their_block():
+    with measuring.busy_cores(False) as processes:
+        assert processes == []
+    with pytest.raises(KeyboardInterrupt), measuring.busy_cores(True) as processes:
+        assert len(processes) == os.cpu_count()
+        assert all(process.poll() is None for process in processes)
+        raise KeyboardInterrupt
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_busy_processes_end_with_a_benchmark_that_is_killed():
+    code = """
+import os, signal, sys
+sys.modules["torch"] = sys  # slow to import, and not used here
+from benchmark.measuring import busy_cores
+with busy_cores(True) as processes:
+    print(len(processes), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # They hold the pipe, which is read to its end.
+    ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, stdout=subprocess.PIPE,
+                           text=True, timeout=60, check=False)  # fmt: skip
+    assert ended.stdout == f"{os.cpu_count()}\n" and ended.returncode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
@@ -165,6 +195,26 @@ def test_ratios_are_of_medians_and_a_floor_is_reached_by_equality():
     assert np.isnan(result.median(COMPILED, "both"))
 
 
+def test_a_busy_case_has_the_floors_of_the_quiet_one_but_for_its_own():
+    floors = {CROSS_ENTROPY: (4.0, 2.0), COMPILED: (1.0, 1.0)}
+    quiet = Case((4, 8), floors=floors, busy_floors={CROSS_ENTROPY: (3.0, 1.5)})
+    busy = dataclasses.replace(quiet, busy=True)
+    found = [case.floor(peer, "both") for case in (quiet, busy) for peer in floors]
+    assert found == [2.0, 1.0, 1.5, 1.0]
+    assert busy.name == quiet.name + ", busy cores"
+
+
+@pytest.mark.parametrize(("device", "both"), [
+    ("cpu", {MOVES: [3.0, 6.0], FRESH_MOVES: [8.0, 11.0]}),
+    ("cuda", {MOVES: [3.0, 6.0]}),
+])  # fmt: skip
+def test_a_copy_is_two_moves(device, both):
+    seconds = {COPY: {"at hand": [2.0, 4.0], "fresh": [7.0, 9.0]}}
+    add_moves(seconds, device)
+    assert {name: seconds[name]["both"] for name in seconds if name != COPY} == both
+    assert all(seconds[name]["forward"] == [1.0, 2.0] for name in both)
+
+
 def test_a_missed_floor_is_marked_in_the_table(capsys):
     report.print_times(Console(width=130), [made_up(1.5, 3.9)])
     line = next(line for line in capsys.readouterr().out.splitlines() if CROSS_ENTROPY in line)
@@ -198,16 +248,20 @@ def run(folder: Path, *arguments: str) -> dict:
 
 
 def test_a_quick_run_prints_tables_and_writes_json_and_pictures(small, tmp_path, capsys):
-    found = run(tmp_path, "--quick", "--peers", f"{CROSS_ENTROPY},{OF_LOG},tf.keras")
+    found = run(tmp_path, "--quick", "--busy", "--peers", f"{CROSS_ENTROPY},{OF_LOG},tf.keras")
     printed = capsys.readouterr()
     assert "logits (6, 40)" in printed.out and CROSS_ENTROPY in printed.out
     assert "Missing: tf.keras (left out by --quick)" in printed.out
-    assert printed.out.splitlines()[-1].endswith("of 4 ratios reach their floor")
-    assert "1 of 2: logits (6, 40)" in printed.err
+    assert printed.out.splitlines()[-1].endswith("of 8 ratios reach their floor")
+    assert f" {torch.get_num_threads()} threads, with" in printed.out.splitlines()[0]
+    assert "1 of 4: logits (6, 40)\n" in printed.err
+    assert "3 of 4: logits (6, 40), busy cores\n" in printed.err
     for name in ("benchmark-speed.png", "benchmark-classes.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert len(found["cases"]) == 2 and len(found["sweep"]) == 2
+    assert [result["case"]["busy"] for result in found["cases"]] == [False, False, True, True]
+    assert len(found["sweep"]) == 2
     assert {"date", "options", "machine", "versions"} <= found.keys()
+    assert found["machine"]["native kernels"] is native
     measured = found["cases"][0]["seconds"][CROSS_ENTROPY]["both"]
     assert len(measured) == 2 and min(measured) > 0
 

@@ -13,7 +13,10 @@ A candidate is torch_sce or a peer: a function of labels and predictions that re
 loss. All candidates of a case get the same tensors and run in turn in one process; tf.keras runs
 after them. "forward" is the loss under grad mode, "both" the loss and its backward pass.
 
-Two copies of the predictions are timed with them. A copy into an existing tensor is one read and
-one write, the least that both passes can do. A copy into a new tensor shows what the first touch
-of its pages costs.
+Two copies of the predictions are timed with them. A copy into an existing tensor is two moves: one
+read and one write. The least is one move forward, and three moves for both passes, which read
+twice and write the gradient. A copy into a new tensor shows what the first touch of its pages
+costs.
+
+A busy case is measured beside a busy process on each core, as data loaders are.
 """

@@ -1,6 +1,7 @@
 """The command line of the benchmark."""
 
 import argparse
+import dataclasses
 import os
 import platform
 import re
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 
 from torch_sce.crosscheck.command import check_device
+from torch_sce.kernels import native
 
 from . import plots, report, tf_process
 from .cases import CASES, CUDA_CASES, SWEEP, SWEEP_PEERS, TF_KERAS, Case
 from .peers import NAMES, PEERS
 from .results import Result, measure
 
-FULL, QUICK = (10.0, 5), (1.0, 3)  # of a case: seconds to spend, and rounds it gets in any case
+# Of a case: seconds to spend, and rounds it gets in any case.
+FULL, FULL_BUSY, QUICK = (8.0, 5), (4.0, 5), (1.0, 3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,13 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "options": vars(options),
              "machine": machine(options.device), "versions": versions()}  # fmt: skip
     chosen = CASES if options.device == "cpu" else CUDA_CASES
+    if options.busy:
+        chosen += tuple(dataclasses.replace(case, busy=True) for case in chosen)
     cases = measure_all(chosen, options.peers, options)
     if TF_KERAS in options.peers:
         about["versions"] |= tf_process.measure(cases, options)
     sweep = measure_all(SWEEP, [name for name in SWEEP_PEERS if name in options.peers], options)
     options.json.write_text(report.to_json(about | {"cases": cases, "sweep": sweep}))
-    report.print_all(cases, sweep)
-    where = f"{about['machine'].get('gpu', about['machine']['cpu'])}, {options.threads} threads"
+    where = (
+        f"{about['machine'].get('gpu', about['machine']['cpu'])}, {options.threads} threads, "
+        f"{'with' if native else 'without'} native kernels"
+    )
+    report.print_all(where, cases, sweep)
     plots.draw_speed(options.plots / "benchmark-speed.png", cases, where)
     plots.draw_classes(options.plots / "benchmark-classes.png", sweep, where)
     return 0
@@ -55,7 +63,7 @@ def measure_all(
     results = []
     for number, case in enumerate(chosen, 1):
         print(f"{number} of {len(chosen)}: {case.name}", file=sys.stderr, flush=True)
-        effort = QUICK if options.quick else FULL
+        effort = QUICK if options.quick else FULL_BUSY if case.busy else FULL
         results.append(measure(case, in_process, options.device, effort))
     return results
 
@@ -68,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--quick", action="store_true", help="fewer shapes, fewer rounds, no tf.keras")
+    add("--busy", action="store_true",
+        help="measure every case again, beside a busy process on each core")  # fmt: skip
     add(
         "--peers", metavar="NAME[,NAME]", default=NAMES, type=_names,
         help=f"what to compare with, by default all: {', '.join(NAMES)}",
@@ -111,6 +121,7 @@ def machine(device: str) -> dict[str, Any]:
     known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
     about = {"cpu": model, "cores": os.cpu_count(), "memory in bytes": memory}
+    about["native kernels"] = native
     if device != "cpu":
         about["gpu"] = torch.cuda.get_device_name(device)
     return about | {"platform": platform.platform()}

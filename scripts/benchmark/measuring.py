@@ -10,8 +10,11 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,24 @@ def duration(call: Call, repetitions: int, device: str) -> float:
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def busy_cores(busy: bool) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A busy process on each core while the block runs, if `busy`; else none."""
+    # The loop ends with this process, even if that is killed.
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10**5))"
+    processes = []
+    try:
+        for _ in range(os.cpu_count() or 1) if busy else ():
+            # Without site-packages (-IS), and without the tracebacks that Ctrl-C would print.
+            arguments = [sys.executable, "-ISc", spin]
+            processes.append(subprocess.Popen(arguments, stderr=subprocess.DEVNULL))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def seconds_and_others(

@@ -15,12 +15,15 @@ COLORS = {OURS: "#1f6fb2", CROSS_ENTROPY: "#d1622b", COMPILED: "#5a8f3c"}
 
 
 def draw_speed(path: Path, results: Sequence[Result], where: str) -> None:
-    """Bars of the ratios that have a floor, and of tf.keras's, from 1 on a logarithmic axis."""
+    """Bars of the ratios that have a floor, and of tf.keras's, from 1 on a logarithmic axis.
+
+    Without busy cases.
+    """
     pairs = [
         (result, peer)
         for result in results
         for peer in result.peers
-        if peer in result.case.floors or peer == TF_KERAS
+        if not result.case.busy and (peer in result.case.floors or peer == TF_KERAS)
     ]
     figure = Figure(figsize=(10, 1.6 + 0.5 * len(pairs)), layout="constrained")
     panel = figure.subplots()

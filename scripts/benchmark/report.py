@@ -14,13 +14,13 @@ from rich.table import Table
 
 from .cases import COMPILED, CROSS_ENTROPY, OF_LOG, OURS, PROBABILITIES, SWEEP_ELEMENTS
 from .measuring import BOTH, FORWARD, PASSES
-from .results import AT_HAND, COPY, FRESH, Result
+from .results import Result
 
 # Peak memory over the predictions, in units of their size, where there are many classes and
 # labels are integers.
 MEMORY_LIMITS = {FORWARD: 0.05, BOTH: 1.05}
 MANY_CLASSES = 1000
-BUSY = 0.1  # cores that others use; from here on a table says so
+NOTICED = 0.1  # cores that others use; from here on a table says so
 
 
 def to_json(everything: dict[str, Any]) -> str:
@@ -30,12 +30,13 @@ def to_json(everything: dict[str, Any]) -> str:
     return json.dumps(everything, default=plain, indent=1) + "\n"
 
 
-def print_all(cases: Sequence[Result], sweep: Sequence[Result]) -> None:
+def print_all(where: str, cases: Sequence[Result], sweep: Sequence[Result]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 130  # a file or a pipe has no line width
+    console.print(where, style="bold", highlight=False)
     print_times(console, cases)
-    print_memory(console, cases)
+    print_memory(console, [result for result in cases if not result.case.busy])
     print_sweep(console, sweep)
     console.print(conclusion(cases), style="bold", highlight=False)
 
@@ -43,15 +44,17 @@ def print_all(cases: Sequence[Result], sweep: Sequence[Result]) -> None:
 def print_times(console: Console, results: Sequence[Result]) -> None:
     table = Table(
         title="Time in ms: median \\[quartiles]. Ratio: peer / ours (its floor); forward is under "
-        "grad mode, both is with the backward pass. tf.keras ran after the others.",
+        "grad mode, both is with the backward pass. A move reads or writes the predictions once, "
+        "as fast as a copy does; fresh: into new memory, with its page faults. Busy cores: beside "
+        "a busy process on each. tf.keras ran after the others.",
         title_justify="left",
     )
     for column in ("", *PASSES, "ratio, forward", "ratio, both"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for result in results:
         table.add_section()
-        used = result.others or 0.0
-        others = f"[red]others use {used:.1f} cores[/]" if used >= BUSY else ""
+        used = 0.0 if result.case.busy else result.others or 0.0
+        others = f"[red]others use {used:.1f} cores[/]" if used >= NOTICED else ""
         table.add_row(f"[bold]{escape(result.case.name)}[/]", others)
         for name in (OURS, *result.peers):
             times = [time_cell(result.seconds[name][which]) for which in PASSES]
@@ -79,22 +82,18 @@ def ratio_cell(result: Result, peer: str, which: str) -> str:
 def print_memory(console: Console, results: Sequence[Result]) -> None:
     limits = ", ".join(f"{which} {limit}" for which, limit in MEMORY_LIMITS.items())
     table = Table(
-        title="Copies of the predictions in ms, and peak memory in units of the predictions' size, "
-        f"without them; forward is without grad. Our limits, {limits}, are for {MANY_CLASSES} "
-        "classes or more and integer labels. A dash is not measured.",
+        title="Peak memory in units of the predictions' size, without them; forward is without "
+        f"grad. Our limits, {limits}, are for {MANY_CLASSES} classes or more and integer labels. A "
+        "dash is not measured.",
         title_justify="left",
     )
     table.add_column("", overflow="fold")
-    for column in ("copy", "copy into\nfresh pages", "both of ours\n/ copy",
-                   *(f"{which},\n{who}" for which in PASSES for who in ("ours", "F.cross_entropy")),
-    ):  # fmt: skip
+    for column in (f"{which},\n{who}" for which in PASSES for who in ("ours", "F.cross_entropy")):
         table.add_column(column, justify="right")
     for result in results:
-        copies = [f"{1e3 * result.median(COPY, kind):.4g}" for kind in (AT_HAND, FRESH)]
-        over_copy = f"{result.median(OURS, BOTH) / result.median(COPY, AT_HAND):.2f}"
         theirs = OF_LOG if result.case.kind == PROBABILITIES else CROSS_ENTROPY
         memory = [memory_cell(result, name, which) for which in PASSES for name in (OURS, theirs)]
-        table.add_row(escape(result.case.name), *copies, over_copy, *memory)
+        table.add_row(escape(result.case.name), *memory)
     console.print(table)
 
 

@@ -9,8 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cases import COMPILED, CROSS_ENTROPY, LIGER, MOVES, OF_LOG, OURS, Case, labels, predictions
-from .measuring import BOTH, FORWARD, PASSES, Call, Effort, peak_memory, seconds_and_others
+from .cases import (
+    COMPILED,
+    CROSS_ENTROPY,
+    FRESH_MOVES,
+    LIGER,
+    MOVES,
+    OF_LOG,
+    OURS,
+    Case,
+    labels,
+    predictions,
+)
+from .measuring import (
+    BOTH,
+    FORWARD,
+    PASSES,
+    Call,
+    Effort,
+    busy_cores,
+    peak_memory,
+    seconds_and_others,
+)
 from .peers import CANDIDATES, Loss
 
 COPY, AT_HAND, FRESH = "copy", "at hand", "fresh"
@@ -25,12 +45,12 @@ class Result:
     case: Case
     # Seconds of each measurement, by candidate and pass; of COPY by kind.
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    # Peaks over the predictions in units of their size; "forward" is without grad.
+    # Peaks over the predictions in units of their size; "forward" is without grad. None if busy.
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    # Cores that other processes kept busy meanwhile. They hurt parallel code, and most of all
-    # what is parallel in many short steps: each step waits for the slowest thread.
+    # Cores that other processes kept busy meanwhile, with those of a busy case. They hurt parallel
+    # code, and most of all what is parallel in many short steps: each waits for the slowest thread.
     others: float | None = None
 
     def median(self, candidate: str, which: str) -> float:
@@ -88,16 +108,23 @@ def measure(case: Case, peers: Sequence[str], device: str, effort: Effort) -> Re
             continue
         calls[name, FORWARD] = partial(loss, y_true, leaf)
         calls[name, BOTH] = partial(forward_and_backward, loss, y_true, leaf)
-    result.seconds, result.others = seconds_and_others(calls, device, effort)
-    if device != "cpu":
-        copies = result.seconds[COPY][AT_HAND]  # two moves
-        moves = {FORWARD: 0.5, BOTH: 1.5}
-        result.seconds[MOVES] = {which: [n * t for t in copies] for which, n in moves.items()}
-    for name in result.seconds if y_pred.nbytes >= MEASURABLE else ():
+    with busy_cores(case.busy):
+        result.seconds, result.others = seconds_and_others(calls, device, effort)
+    add_moves(result.seconds, device)
+    for name in result.seconds if y_pred.nbytes >= MEASURABLE and not case.busy else ():
         if name in MEMORY_OF:
             peaks = {which: peak_memory(calls[name, which], device, which) for which in PASSES}
             result.memory[name] = {w: p / y_pred.nbytes for w, p in peaks.items() if p is not None}
     return result
+
+
+def add_moves(seconds: dict[str, dict[str, list[float]]], device: str) -> None:
+    """The time of reading once, and of reading once and copying."""
+    reads = [copy / 2 for copy in seconds[COPY][AT_HAND]]
+    # A GPU's allocator keeps its memory: no page is fresh.
+    for name, kind in ((MOVES, AT_HAND), (FRESH_MOVES, FRESH))[: 2 if device == "cpu" else 1]:
+        both = [read + copy for read, copy in zip(reads, seconds[COPY][kind], strict=True)]
+        seconds[name] = {FORWARD: reads, BOTH: both}
 
 
 def forward_and_backward(loss: Loss, y_true: Tensor, leaf: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import TF_KERAS, Case, labels, predictions
-from .measuring import BOTH, FORWARD, Effort, interleaved
+from .measuring import BOTH, FORWARD, Effort, busy_cores, interleaved
 from .peers import keras_loss
 from .results import Result
 
@@ -38,7 +38,7 @@ def ask_worker(cases: Sequence[Case], options: argparse.Namespace) -> dict[str, 
     if options.device != "cpu":
         raise RuntimeError("measured with --device cpu only")
     question = {
-        "cases": [(case.shape, case.kind, case.soft) for case in cases],
+        "cases": [(case.shape, case.kind, case.soft, case.busy) for case in cases],
         "threads": options.threads,
     }
     variables = {
@@ -66,7 +66,9 @@ def work() -> None:
 
     tf.config.threading.set_intra_op_parallelism_threads(asked["threads"])
 
-    def timed(shape: list[int], kind: str, soft: bool) -> tuple[dict[str, list[float]], float]:
+    def timed(
+        shape: list[int], kind: str, soft: bool, busy: bool
+    ) -> tuple[dict[str, list[float]], float]:
         case = Case(tuple(shape), kind, soft=soft)
         y_true, y_pred = tf.constant(labels(case).numpy()), tf.constant(predictions(case).numpy())
         loss = keras_loss(tf.keras.losses, case)
@@ -81,7 +83,9 @@ def work() -> None:
             return tape.gradient(value, y_pred)
 
         calls = {(TF_KERAS, FORWARD): forward, (TF_KERAS, BOTH): both}
-        return interleaved(calls, "cpu", EFFORT)[TF_KERAS], float(forward()[0])
+        with busy_cores(busy):
+            seconds = interleaved(calls, "cpu", EFFORT)[TF_KERAS]
+        return seconds, float(forward()[0])
 
     results = [timed(*case) for case in asked["cases"]]
     versions = {"tensorflow": tf.__version__, "tf.keras": tf.keras.__version__}

@@ -1,19 +1,26 @@
-"""Fixtures: the live tf.keras, and calls of it."""
+"""Options, and fixtures: the live tf.keras, and calls of it.
+
+`torch_sce` is imported in functions only: after the options have said with which extension.
+"""
+
+from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from torch_sce.crosscheck.answers import Answer
-from torch_sce.crosscheck.cases import LOSSES, Batch, Case
-from torch_sce.crosscheck.live import TARGET, LiveOracle
+if TYPE_CHECKING:
+    from torch_sce.crosscheck.answers import Answer
+    from torch_sce.crosscheck.cases import Case
+    from torch_sce.crosscheck.live import LiveOracle
 
 torch.set_num_threads(1)  # there are as many workers as cores
 
@@ -25,9 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="skip tests with a live tf.keras (or another Keras), instead of failing without it",
     )
+    parser.addoption("--extension", type=Path, help="another build of torch_sce.kernels._cpu")
+    parser.addoption(
+        "--without-extension",
+        action="store_true",
+        help="as where the package was installed without a C compiler",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    choose_extension(config.getoption("--extension"), config.getoption("--without-extension"))
     # Otherwise PyTorch compiles in processes of its own, which some versions do not end.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     # Nor does its cache of compiled code know for which instructions that is.
@@ -41,6 +55,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton"
     )
+
+
+def choose_extension(path: Path | None, without: bool) -> None:
+    """What `import torch_sce.kernels._cpu` gives in this process: that file, or an ImportError."""
+    name = "torch_sce.kernels._cpu"
+    assert (path is None and not without) or "torch_sce" not in sys.modules
+    if without:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+    elif path is not None:
+        spec = spec_from_file_location(name, path.resolve(strict=True))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -65,6 +92,8 @@ def tensorflow(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def keras(tensorflow: None) -> Iterator[LiveOracle]:
     """The real tf.keras in its own process."""
+    from torch_sce.crosscheck.live import TARGET, LiveOracle
+
     with LiveOracle(TARGET) as oracle:
         yield oracle
 
@@ -89,10 +118,12 @@ def make_case(
     mask=None,
     upstream=None,
     form="class",
-    name=LOSSES[0],
+    name="SparseCategoricalCrossentropy",
     **options: Any,
 ) -> Case:
     """A case as the cross-check has them, from the arguments of a call."""
+    from torch_sce.crosscheck.cases import LOSSES, Batch, Case
+
     y_pred = np.asarray(y_pred)
     defaults: dict[str, Any] = {}
     if name in LOSSES:

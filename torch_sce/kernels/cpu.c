@@ -502,7 +502,7 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     }
     Py_END_ALLOW_THREADS
     free(job.parts);
-    Py_RETURN_NONE;
+    return PyLong_FromLongLong(job.units);
 }
 
 static PyObject *set_threads(PyObject *self, PyObject *args)
@@ -517,7 +517,7 @@ static PyObject *set_threads(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"run", run_python, METH_VARARGS, "Losses or gradients of rows: see cpu.py."},
+    {"run", run_python, METH_VARARGS, "Losses or gradients of rows, see cpu.py; returns the number of units of work."},
     {"set_threads", set_threads, METH_VARARGS,
      "Takes the addresses of torch_parallel_for and GOMP_parallel; 0: not there."},
     {NULL, NULL, 0, NULL},

@@ -89,8 +89,11 @@ def run(
     saved: Tensor,
     clip: Clip,
     smoothing: float = 0.0,
-) -> None:
-    """Calls cpu.c: writes `loss` and `saved`, or for `backward` dz and dt."""
+) -> int:
+    """Calls cpu.c: writes `loss` and `saved`, or for `backward` dz and dt.
+
+    Returns the number of units of work, each of which one thread computes.
+    """
     assert _cpu is not None
     z, t, g = _in_memory(z), t if t is None else _in_memory(t), g if g is None else _in_memory(g)
     plan = _plan(z.shape, _description(z), _description(t), _description(dz), _description(dt))
@@ -100,7 +103,7 @@ def run(
     y, counted, saved = _in_order(y), _in_order(counted), _in_memory(saved).contiguous()
     given = (z, t, dz, dt, y, counted, g, loss, saved)
     addresses = tuple([0 if x is None else x.data_ptr() for x in given])
-    _cpu.run(backward, torch.get_num_threads(), plan, addresses, g_step, clip, smoothing)
+    return _cpu.run(backward, torch.get_num_threads(), plan, addresses, g_step, clip, smoothing)
 
 
 def _in_memory(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    choose_extension(config.getoption("--extension"), config.getoption("--without-extension"))
+    choose_extension(config.option.extension, config.option.without_extension)
     # Otherwise PyTorch compiles in processes of its own, which some versions do not end.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     # Nor does its cache of compiled code know for which instructions that is.

@@ -19,10 +19,13 @@ from torch_sce.samples import CLIP
 pytestmark = pytest.mark.skipif(not native, reason="the package was installed without a C compiler")
 
 LANES, SEGMENT = 64, 32768  # as in cpu.c
-# Around a block of lanes, half and two of them; 1024 classes are a block of parts of a row.
-CLASSES = (1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025)
-ROWS = (1, 2, 63, 64, 65, 130)
-SIZES = (*product(ROWS, CLASSES[:10]), *product((1, 2, 65), CLASSES[10:]))
+# Rows and classes around a block of lanes, half and two of them: fewer classes than LANES are in
+# blocks of rows, others in parts of a row, of which a block has 1024.
+SIZES = (
+    *product((1, 63, 64, 65), (1, 2, 3, 4, 5, 31, 32, 33, 63)),
+    *product((2, 130), (3, 33)),
+    *product((1, 2, 65), (64, 65, 127, 128, 129, 1023, 1024, 1025)),
+)
 SEGMENTED = tuple(product((1, 2), (2 * SEGMENT - 1, 2 * SEGMENT, 2 * SEGMENT + 1)))
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODELS = ("logits", "probabilities")
@@ -214,9 +217,10 @@ def require_all_close(found: Tensor, want: Tensor, within: Tensor, name: str) ->
     within = within + torch.finfo(torch.float32).smallest_normal  # smaller exponentials are 0
     same = (found == want.to(found.dtype)) | (found.isnan() & want.isnan())
     wrong = ~(same | ((found.double() - want).abs() <= within))
-    assert not wrong.any(), (
-        f"{name}: {int(wrong.sum())} of {wrong.numel()} differ, first at {wrong.nonzero()[0].tolist()}"
-        f": {found[wrong][0]} instead of {want[wrong][0]}, allowed {within.expand_as(want)[wrong][0]}"
+    place = tuple(wrong.nonzero()[0].tolist()) if wrong.any() else None
+    assert place is None, (
+        f"{name} of {found.shape}: {int(wrong.sum())} differ, first at {place}: {found[place]} and "
+        f"not {want[place]} within {within.expand_as(want)[place]}"
     )
 
 
@@ -231,11 +235,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
-def require_right(rows: Rows) -> None:
+def require_right(rows: Rows, both_ends: bool = True) -> None:
     """By the definition, at the end of memory and, in the same bits, at its beginning."""
     found, want = results(rows, first=False), definition(rows)
     require_close(found, want, allowed(rows, want))
-    require_same_bits(results(rows, first=True), found)
+    if both_ends:
+        require_same_bits(results(rows, first=True), found)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -243,8 +248,9 @@ def require_right(rows: Rows) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("of_targets", [False, True])
 def test_rows_of_any_size_anywhere_in_memory_equal_the_definition(of_targets, model, dtype, layout):
-    for rows, classes in SIZES:
-        require_right(laid_out(make_rows(model, dtype, rows, classes, of_targets), layout))
+    both_ends = layout in (contiguous, channels_first)
+    for size in SIZES:
+        require_right(laid_out(make_rows(model, dtype, *size, of_targets), layout), both_ends)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -293,7 +299,7 @@ OUTSIDE = (-1, -(2**62), 2**31, 2**62)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("of_targets", [False, True])
 def test_unusual_rows_equal_the_definition(of_targets, model, dtype, layout):
-    """NaNs, infinities, values at and outside the bounds, labels outside, rows that do not count."""
+    """NaNs, infinities, at and outside the bounds, labels outside, rows that do not count."""
     for classes in (1, 2, 5, 63, 64, 65, 129, 1025):
         given = make_rows(model, dtype, 66, classes, of_targets, seed=classes)
         values = (*UNUSUAL, *(given.clip or (-3.0, 3.0)))
@@ -347,15 +353,15 @@ def some_rows(whole, rows):
     return type(whole)(**{**vars(whole), **parts})
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("of_targets", [False, True])
-def test_the_bits_of_any_dtype_are_the_same_for_any_number_of_threads(of_targets, model, dtype):
-    """Of float32 with all rows counted: test_cpu.py."""
+def test_the_bits_of_other_dtypes_are_the_same_for_any_number_of_threads(of_targets, model, dtype):
+    """Those of float32, with all rows counted: test_cpu.py. A thread has 32768 predictions."""
     for size, layout in (
-        ((300, 1000), padded),
-        ((3, 90_000), contiguous),
-        ((9000, 21), channels_first),
+        ((170, 1000), padded),
+        ((2, 90_000), contiguous),
+        ((8000, 21), contiguous),
     ):
         given = laid_out(make_rows(model, dtype, *size, of_targets), layout)
         given.counted = torch.arange(size[0]) % 5 != 1
@@ -372,6 +378,7 @@ def test_no_loss_of_any_size_is_negative(of_targets, dtype):
     rows = len(margins)
     for model, classes in product(MODELS, (1, 2, 5, 64, 129, 1025)):
         given = make_rows("logits", torch.float64, rows, classes)
+        assert given.y is not None
         y = given.y.unsqueeze(-1)
         given.z.scatter_(-1, y, given.z.amax(-1, keepdim=True) + margins.unsqueeze(-1))
         z = given.z if model == "logits" else given.z.softmax(-1)
@@ -430,9 +437,8 @@ def test_float32_is_rounded_to_halves_as_pytorch_does_it(dtype, classes, layout)
         g = (torch.arange(-(2**15), 2**15) * 2**16 + lower).to(torch.int32).view(torch.float32)
         g = g if classes == 2 else g[::16]
         q = torch.zeros(classes, dtype=dtype).index_fill(0, torch.tensor([0, 1]), 0.5)
-        given = laid_out(
-            Rows(q.expand(len(g), -1), g, torch.zeros(len(g), dtype=torch.int64)), layout
-        )
+        y = torch.zeros(len(g), dtype=torch.int64)
+        given = laid_out(Rows(q.expand(len(g), -1), g, y), layout)
         given.clip = (0.0, 1.0)
         dz = results(given, first=False).dz[:, 1:]
         want = g.unsqueeze(-1).to(dtype).expand_as(dz)
@@ -449,16 +455,12 @@ BENCHMARKS = ((1024, 32000), (256, 128256), (16, 128256), (4096, 1000), (131072,
 @pytest.mark.parametrize("of_targets", [False, True])
 def test_there_is_work_for_64_threads(of_targets, backward, shape):
     """64 units of work and more, or one for each row."""
-    *sizes, classes = shape
-    one = torch.zeros([1] * len(sizes) + [classes])
-    if len(sizes) > 1:
-        one = one.expand(*sizes[:0], *one.shape)
-    rows = one.expand(shape)
-    saved = torch.ones(3, *sizes)
-    y = None if of_targets else torch.zeros(sizes, dtype=torch.int64)
-    given = {"y": y, "t": rows if of_targets else None, "saved": saved, "clip": None}
+    rows = torch.zeros(shape[-1]).expand(shape)  # in the memory of one
+    saved, y = torch.ones(3, *shape[:-1]), torch.zeros(shape[:-1], dtype=torch.int64)
+    t, y = (rows, None) if of_targets else (None, y)
     if backward:
-        units = cpu.run(True, rows, dz=one.clone().expand(shape), g=saved[0], **given)
+        dz = torch.zeros(shape[-1]).expand(shape)
+        units = cpu.run(True, rows, t, dz, y=y, g=saved[0], saved=saved, clip=None)
     else:
-        units = cpu.run(False, rows, loss=saved[0].clone(), **given)
-    assert units >= min(64, saved[0].numel())
+        units = cpu.run(False, rows, t, y=y, loss=saved[0].clone(), saved=saved, clip=None)
+    assert units >= min(64, len(saved[0].flatten()))

@@ -26,24 +26,26 @@ class Guarded:
         begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         for page in (begin, begin + mmap.PAGESIZE + size):
             assert SYSTEM.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-        offset = mmap.PAGESIZE
-        self.bytes = torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=size)
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8, offset=mmap.PAGESIZE, count=size)
         self.bytes.fill_(CANARY)
-        offset += 0 if first else size - span
-        own = torch.frombuffer(memory, dtype=x.dtype, offset=offset, count=elements)
-        self.tensor = own.as_strided(x.shape, x.stride()).copy_(x)
+        self.like, self.begin = x, 0 if first else size - span
+        self.tensor = self.elements(self.bytes).copy_(x)
         self.before = self.bytes.clone()
+
+    def elements(self, memory: Tensor) -> Tensor:
+        """Those of the tensor, in these bytes."""
+        return (
+            memory[self.begin :]
+            .view(self.like.dtype)
+            .as_strided(self.like.shape, self.like.stride())
+        )
 
     def require_unchanged(self) -> None:
         """For what is only read."""
         assert torch.equal(self.bytes, self.before), "an input was written to"
 
     def require_canaries(self) -> None:
-        """For what is written: all that is not an element of the tensor is as it was."""
-        found = self.tensor.clone()
-        self.tensor.fill_(0)
-        rest = self.bytes.clone()
-        self.bytes.copy_(self.before)
-        self.tensor.fill_(0)
-        assert torch.equal(rest, self.bytes), "memory outside of a result was written to"
-        self.tensor.copy_(found)
+        """For what is written."""
+        after = self.bytes.clone()
+        self.elements(after).copy_(self.elements(self.before))
+        assert torch.equal(after, self.before), "memory outside of a result was written to"

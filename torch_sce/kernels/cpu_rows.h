@@ -324,10 +324,10 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
     int lanes = job->spread ? 1 : LANES;
     Block block;
     for (int w = 0; w < lanes; w++) {
-        const REAL *saved = (const REAL *)job->saved + group->row[w];
         g[w] = m[w] = p[w] = 0, r[w] = 1;
-        if (!group->counted[w])
+        if (!group->counted[w]) /* or there is no such row */
             continue;
+        const REAL *saved = (const REAL *)job->saved + group->row[w];
         g[w] = ((const REAL *)job->g)[group->row[w] * job->g_step];
         r[w] = saved[0], p[w] = saved[job->rows];
         if (!job->probabilities)

@@ -9,7 +9,9 @@ TORCH ?= 2.6.0
 NUMPY ?=
 OTHER := .venv-torch-$(TORCH)
 
-.PHONY: cross-check benchmark test test-torch test-cuda notebooks docs lint
+SANITIZED := build/sanitized
+
+.PHONY: cross-check benchmark test test-sanitized test-torch test-cuda notebooks docs lint
 
 # Compares with the real tf.keras. Options go into ARGS: make cross-check ARGS="--cases 10000"
 cross-check: $(READY)
@@ -25,6 +27,21 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_kernels.py tests/test_cuda.py \
 		tests/test_crosscheck.py::test_every_path_agrees_with_keras
+
+# cpu.c with sanitizers, on Linux with gcc: the first access outside of an array, overflow or shift
+# too far ends the run. With the instructions of every x86-64, and with AVX2 where there is.
+test-sanitized: $(READY)
+	mkdir -p $(SANITIZED)
+	for march in "" $$(grep -qw avx2 /proc/cpuinfo && echo -march=x86-64-v3); do \
+		file=$(SANITIZED)/_cpu$$march.so; \
+		gcc -std=gnu11 -O3 -g -fopenmp-simd -fno-math-errno -fno-trapping-math -fPIC -shared \
+			-fsanitize=address,undefined -fno-sanitize-recover=all -DNO_CLONES $$march \
+			-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") \
+			torch_sce/kernels/cpu.c -o $$file -lm && \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+			ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest \
+			-p no:faulthandler -s --extension $$file tests/test_native.py $(ARGS) || exit 1; \
+	done
 
 # The tests that need no TensorFlow on another PyTorch, in an environment of several GB:
 # make test-torch TORCH=2.6.0 NUMPY=1.26.4 PYTHON=python3.12

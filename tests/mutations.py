@@ -53,6 +53,8 @@ def _places(thing: Any) -> Iterator[tuple[Any, str]]:
     for path, module in list(sys.modules.items()):
         if path.split(".")[0] != "torch_sce" or path.startswith("torch_sce.crosscheck"):
             continue
+        if module is None:  # with --without-extension
+            continue
         classes = [x for x in vars(module).values() if getattr(x, "__module__", "") == path]
         for holder in (module, *(x for x in classes if isinstance(x, type))):
             yield from ((holder, name) for name, x in list(vars(holder).items()) if x is thing)

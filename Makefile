@@ -35,7 +35,8 @@ test-sanitized: $(READY)
 	for march in "" $$(grep -qw avx2 /proc/cpuinfo && echo -march=x86-64-v3); do \
 		file=$(SANITIZED)/_cpu$$march.so; \
 		gcc -std=gnu11 -O3 -g -fopenmp-simd -fno-math-errno -fno-trapping-math -fPIC -shared \
-			-Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -DNO_CLONES $$march \
+			-Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all \
+			-DNO_CLONES $$march \
 			-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") \
 			torch_sce/kernels/cpu.c -o $$file -lm && \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \

@@ -12,7 +12,7 @@ from guarded import Guarded
 from test_cpu import results_of_threads
 from torch import Tensor
 
-from torch_sce.kernels import aten, cpu, native, targets
+from torch_sce.kernels import aten, cpu, native, row_losses, target_losses, targets
 from torch_sce.kernels.aten import row_dtype
 from torch_sce.samples import CLIP
 
@@ -469,3 +469,26 @@ def test_there_is_work_for_64_threads(of_targets, backward, shape):
     else:
         units = cpu.run(False, rows, t, y=y, loss=saved[0].clone(), saved=saved, clip=None)
     assert units >= min(64, len(saved[0].flatten()))
+
+
+def test_subnormal_halves_are_read_where_the_processor_flushes_subnormal_floats():
+    q = torch.tensor([[3e-5, 0.9]], dtype=torch.float16)
+    want = cpu.forward(q, torch.tensor([0]), None, CLIP[torch.float16], True)[0]
+    assert torch.set_flush_denormal(True)
+    try:
+        found = cpu.forward(q, torch.tensor([0]), None, CLIP[torch.float16], True)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, want) and 10 < found < 11
+
+
+def test_a_bool_is_one_whatever_its_byte():
+    z, t = torch.randn(3, 5), torch.tensor([[2, 0, 1, 0, 255]] * 3, dtype=torch.uint8)
+    losses = [target_losses(z, x) for x in (t.view(torch.bool), t.bool())]
+    assert torch.equal(*losses)
+
+
+def test_rows_of_minus_infinity_are_nan():
+    for classes in (5, 64, 1100):
+        z = torch.full((2, classes), -torch.inf)
+        assert row_losses(z, torch.tensor([0, 1])).isnan().all()

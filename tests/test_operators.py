@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy
@@ -107,3 +108,28 @@ def test_transforms_within_a_compiled_function_need_no_operator():
     found, names = compiled(each, z, y)
     assert not names
     torch.testing.assert_close(found, each(z, y))
+
+
+def test_forward_derivatives_in_a_compiled_function_need_no_operator():
+    z, v, y = torch.randn(3, 9), torch.randn(3, 9), torch.randint(9, (3,))
+    loss = SparseCategoricalCrossentropy(from_logits=True)
+    want = torch.func.jvp(lambda z: loss(y, z), (z,), (v,))[1]
+    torch._dynamo.reset()
+    step = torch.compile(lambda z: loss(y, z), backend="aot_eager")
+    with forward_ad.dual_level():
+        value = step(forward_ad.make_dual(z, v))
+        torch.testing.assert_close(forward_ad.unpack_dual(value).tangent, want)
+
+
+def test_compiled_targets_of_8_bits_have_gradients():
+    z, t = torch.randn(3, 9), torch.rand(3, 9)
+    loss = CategoricalCrossentropy(from_logits=True)
+
+    def step(t):
+        return loss(t.to(torch.float8_e5m2), z)
+
+    torch._dynamo.reset()
+    leaf = t.requires_grad_()
+    (want,) = torch.autograd.grad(step(leaf), leaf)
+    (found,) = torch.autograd.grad(torch.compile(step)(leaf), leaf)
+    torch.testing.assert_close(found, want)

@@ -67,7 +67,7 @@ def target_losses(
     smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of every row of z for the targets t of its shape: (...) for (..., C)."""
-    if _is_compiled_for_cpu(z, t, counted):
+    if _is_compiled_for_cpu(z, t, counted) and _target_kernels(z, t) is cpu_targets:
         return operators.target_losses(z, t, counted, clip, smoothing)
     if _needs_plain_operations(z, t, counted):
         return targets.losses(whole_rows(z), whole_rows(t), counted, clip, smoothing)
@@ -89,12 +89,13 @@ def _is_compiled_for_cpu(z: Tensor, *others: Tensor | None) -> bool:
         and hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
         and not torch.compiler.is_exporting()
         and not modes.transforms_active()
+        and not modes.forward_derivatives_active()
         and all(x is None or type(x) in PLAIN for x in (z, *others))
     )
 
 
 def _needs_plain_operations(*tensors: Tensor | None) -> bool:
-    """The compiler fuses them better than we could, and forward derivatives need them."""
+    """Whether the definitions are used: in compiled graphs, and for forward derivatives."""
     return not are_plain(*tensors) or any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     )

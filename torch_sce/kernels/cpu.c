@@ -17,7 +17,6 @@
  * among PyTorch's own threads by a function whose address `set_threads` takes.
  */
 
-#define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -41,16 +40,25 @@ enum {
     AXES = 64,
 };
 
+_Static_assert((int)FEW >= (int)LANES, "a row in parts has at least one step");
+
 /* Instructions are chosen when the library is loaded: AVX-512, AVX2 or what every x86-64 has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && !defined(NO_CLONES)
+#if !defined(__x86_64__) || !defined(__gnu_linux__) || defined(__clang__) || defined(NO_CLONES)
+#define CLONES
+#elif __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define CLONES
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector) /* GCC 12 and later, clang */
+#define CAN_SHUFFLE
+#endif
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define FOR_LANES(w) _Pragma("omp simd") for (int w = 0; w < LANES; w++)
 
-typedef enum { F32, F64, BF16, F16, I64, I32, I16, I8, U8 } Kind; /* bool is U8 */
+typedef enum { F32, F64, BF16, F16, I64, I32, I16, I8, U8, BOOL } Kind;
 typedef enum { Z, T, DZ, DT, TENSORS } Tensor;
 
 typedef struct Job {
@@ -96,10 +104,12 @@ INLINE uint16_t to_bf16(float x)
 
 INLINE float from_f16(uint16_t h)
 {
-    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
-    uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f); /* the exponents' biases differ */
-    uint32_t special = magnitude | 0x7f800000;                 /* an infinity or a NaN */
-    return float_of((magnitude >= 0x0f800000 ? special : finite) | (uint32_t)(h & 0x8000) << 16);
+    uint32_t magnitude = h & 0x7fff;
+    uint32_t normal = (magnitude << 13) + 0x38000000;     /* the exponents' biases differ */
+    uint32_t special = (magnitude << 13) | 0x7f800000;    /* an infinity or a NaN */
+    uint32_t tiny = bits_of((float)(int32_t)magnitude * 0x1p-24f);
+    uint32_t b = magnitude < 0x400 ? tiny : magnitude < 0x7c00 ? normal : special;
+    return float_of(b | (uint32_t)(h & 0x8000) << 16);
 }
 
 INLINE uint16_t to_f16(float x)
@@ -207,7 +217,7 @@ typedef struct {
     int64_t row[LANES];            /* in y */
     int64_t at[TENSORS][LANES];    /* of class 0, in elements */
     bool adjacent[TENSORS];        /* whether the rows are contiguous */
-    int64_t y[LANES];
+    int64_t y[LANES];              /* -1: not a class */
     bool counted[LANES], any_counted, all_counted;
     int64_t begin, end;            /* the classes that are computed */
 } Group;
@@ -233,6 +243,8 @@ INLINE void locate(const Job *job, int64_t n, int64_t *row, int64_t at[TENSORS])
             at[x] += i * job->step[x][a];
     }
 }
+
+INLINE bool is_class(const Job *job, int64_t y) { return 0 <= y && y < job->classes; }
 
 INLINE void find_group(const Job *job, int64_t n, Group *group)
 {
@@ -265,12 +277,11 @@ INLINE void find_group(const Job *job, int64_t n, Group *group)
         }
     }
     for (int w = 0; w < group->rows && job->y; w++)
-        group->y[w] = group->counted[w] ? job->y[group->row[w]] : -1;
+        if (group->counted[w] && is_class(job, job->y[group->row[w]]))
+            group->y[w] = job->y[group->row[w]];
     group->begin = 0;
     group->end = job->classes;
 }
-
-INLINE bool is_class(const Job *job, int64_t y) { return 0 <= y && y < job->classes; }
 
 INLINE void before_blocks(Block *block)
 {
@@ -382,7 +393,7 @@ static void run(Job *job, int64_t threads)
 {
     int64_t groups = job->spread ? job->rows : (job->rows + LANES - 1) / LANES;
     int64_t work = job->classes * (job->spread ? 1 : LANES);
-    job->unit_groups = work >= GRAIN ? 1 : GRAIN / (work ? work : 1);
+    job->unit_groups = work >= GRAIN ? 1 : GRAIN / work;
     job->units = (groups + job->unit_groups - 1) / job->unit_groups * job->segments;
     int64_t most = job->rows * job->classes / (2 * GRAIN);
     threads = threads < most ? threads : most;

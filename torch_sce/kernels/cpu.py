@@ -5,8 +5,7 @@ The extension is compiled when the package is installed. Without it (`native` is
 `targets` serve the CPU, too.
 
 For the backward pass a row's summary is saved: of logits (r, p, m), of probabilities (r, q_y),
-which tells more than p = c_y. Rows that do not count are not read. Losses and gradients are
-bitwise the same for any number of threads.
+which tells more than p = c_y. Losses and gradients are bitwise the same for any number of threads.
 """
 
 import ctypes
@@ -37,7 +36,7 @@ KINDS = {
     torch.int16: 6,
     torch.int8: 7,
     torch.uint8: 8,
-    torch.bool: 8,
+    torch.bool: 9,
 }
 
 
@@ -164,8 +163,11 @@ def _connect() -> bool:
 def _address(library: str, function: str) -> int:
     """Of a C function in a library that PyTorch brings; 0: not there."""
     for path in Path(str(files(torch))).glob(f"lib/{library}"):
-        found = getattr(ctypes.CDLL(str(path)), function, None)
-        return ctypes.cast(found, ctypes.c_void_p).value or 0 if found else 0
+        try:
+            found = getattr(ctypes.CDLL(str(path)), function)
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(found, ctypes.c_void_p).value or 0
     return 0
 
 

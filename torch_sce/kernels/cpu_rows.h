@@ -16,6 +16,7 @@
 
 /* ---- Reading and writing blocks ------------------------------------------------------------ */
 
+#ifdef CAN_SHUFFLE
 typedef REAL NAME(Four) __attribute__((vector_size(4 * sizeof(REAL))));
 
 /* Copies 4 x 4 elements to the rows of `to` from the columns of `from`. */
@@ -35,12 +36,17 @@ INLINE void NAME(transpose)(const REAL *const from[4], REAL *const to[4])
     for (int i = 0; i < 4; i++)
         memcpy(to[i], &x[i], sizeof x[i]);
 }
+#endif
 
 /* Copies a block between the stack and rows whose classes are contiguous, four of four rows at a
  * time; false if it cannot be done so. */
 INLINE bool NAME(copy_fours)(
     const Job *job, const Group *group, const Block *block, Tensor x, bool writes, REAL *copy)
 {
+#ifndef CAN_SHUFFLE
+    (void)job, (void)group, (void)block, (void)x, (void)writes, (void)copy;
+    return false;
+#else
     if (job->spread || job->class_step[x] != 1 || job->kind[x] != OWN_KIND || block->steps < 4
         || block->lanes % 4)
         return false;
@@ -59,6 +65,7 @@ INLINE bool NAME(copy_fours)(
                 NAME(transpose)((const REAL *const *)rows, steps);
         }
     return true;
+#endif
 }
 
 #define READ_AS(TYPE, REAL_OF)                                                                     \
@@ -97,11 +104,11 @@ CLONES static void NAME(copy_block)(
 {
     int64_t step = step_of(job, x);
     int steps = block->steps, lanes = block->lanes;
-    if (NAME(copy_fours)(job, group, block, x, false, copy))
-        return;
     for (int k = 0; k < steps; k++)
         for (int w = lanes; w < LANES; w++)
             copy[k * LANES + w] = fill;
+    if (NAME(copy_fours)(job, group, block, x, false, copy))
+        return;
     switch (job->kind[x]) {
     case F32: READ_AS(float, )
     case F64: READ_AS(double, )
@@ -112,6 +119,7 @@ CLONES static void NAME(copy_block)(
     case I16: READ_AS(int16_t, )
     case I8: READ_AS(int8_t, )
     case U8: READ_AS(uint8_t, )
+    case BOOL: READ_AS(uint8_t, 0 != )
     }
 }
 
@@ -192,10 +200,10 @@ INLINE void NAME(raise)(
     for (int k = 0; k < steps; k++)
         FOR_LANES(w) top[w] = z[k * step + w] > top[w] ? z[k * step + w] : top[w];
     if (spread) {
-        REAL most = sums->m[0];
-        _Pragma("omp simd reduction(max : most)")
-        for (int w = 0; w < LANES; w++)
-            most = top[w] > most ? top[w] : most;
+        for (int half = LANES / 2; half > 0; half /= 2)
+            for (int w = 0; w < half; w++)
+                top[w] = top[w + half] > top[w] ? top[w + half] : top[w];
+        REAL most = top[0] > sums->m[0] ? top[0] : sums->m[0];
         REAL subtracted = most == LOW_REAL ? 0 : most;
         if (most > sums->m[0])
             sums->r[0] *= EXP(sums->m[0] - subtracted);

@@ -8,6 +8,7 @@ the same from PyTorch 2.6 to 2.15.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def transforms_active() -> bool:
@@ -31,3 +32,8 @@ def has_memory(x: Tensor) -> bool:
     A batch of gradients comes from `torch.autograd.grad(..., is_grads_batched=True)`.
     """
     return torch._C._has_storage(x) and not torch._is_functional_tensor(x)
+
+
+def forward_derivatives_active() -> bool:
+    """Whether forward-mode differentiation is active, of dual tensors or within `jvp`."""
+    return forward_ad._current_level >= 0

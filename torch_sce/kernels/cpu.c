@@ -59,6 +59,7 @@ _Static_assert((int)FEW >= (int)LANES, "a row in parts has at least one step");
 #define FOR_LANES(w) _Pragma("omp simd") for (int w = 0; w < LANES; w++)
 
 typedef enum { F32, F64, BF16, F16, I64, I32, I16, I8, U8, BOOL } Kind;
+static const int64_t SIZE_OF[] = {4, 8, 2, 2, 8, 4, 2, 1, 1, 1};
 typedef enum { Z, T, DZ, DT, TENSORS } Tensor;
 
 typedef struct Job {
@@ -503,10 +504,9 @@ static PyObject *run_python(PyObject *self, PyObject *args)
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
     if (job.rows > 0 && job.classes > 0) {
-        size_t sizes_of[] = {4, 8, 2, 2};
         for (int x = DZ; x <= DT; x++)
             if (job.data[x])
-                prefer_huge_pages(job.data[x], job.rows * job.classes * (int64_t)sizes_of[job.kind[x]]);
+                prefer_huge_pages(job.data[x], job.rows * job.classes * SIZE_OF[job.kind[x]]);
         run(&job, threads);
         if (job.parts)
             (wide ? merge_segments_double : merge_segments_float)(&job);

@@ -104,6 +104,11 @@ CLONES static void NAME(copy_block)(
 {
     int64_t step = step_of(job, x);
     int steps = block->steps, lanes = block->lanes;
+    if (job->spread && job->class_step[x] == 1) { /* the next block of the row */
+        int64_t size = SIZE_OF[job->kind[x]], next = group->at[x][0] + block->first + steps * LANES;
+        for (int i = 0; i < steps * LANES * size; i += 64)
+            __builtin_prefetch(job->data[x] + next * size + i);
+    }
     for (int k = 0; k < steps; k++)
         for (int w = lanes; w < LANES; w++)
             copy[k * LANES + w] = fill;

@@ -119,6 +119,10 @@ def _(right, g, z, y, counted, clip, in_range, saved):
 # Rows with a label
 
 
+def _clipped_at_label(z, y, clip):
+    return aten.at_label(z, y.clamp(0, z.shape[-1] - 1)).clamp(*clip)
+
+
 def _add_at_label(dz, y, values):
     return dz.scatter_add(-1, y.clamp(0, dz.shape[-1] - 1).unsqueeze(-1), values.unsqueeze(-1))
 
@@ -144,7 +148,7 @@ def _(right, g, z, y, counted, clip, in_range, saved):
     dz = right(g, z, y, counted, clip, in_range, saved)
     if clip is None:
         return dz
-    p = aten.at_label(z, y.clamp(0, z.shape[-1] - 1)).clamp(*clip)
+    p = _clipped_at_label(z, y, clip)
     return _add_at_label(dz, y, (g / p).to(dz.dtype))  # g / s, not g (1 / s - 1 / p)
 
 
@@ -158,7 +162,7 @@ def _(right, g, z, y, counted, clip, in_range, saved):
     dz = right(g, z, y, counted, clip, in_range, saved)
     if clip is None:
         return dz
-    p = aten.at_label(z, y.clamp(0, z.shape[-1] - 1)).clamp(*clip)
+    p = _clipped_at_label(z, y, clip)
     return _add_at_label(dz, y, ((g - 1) / p).to(dz.dtype))  # g / s - 1 / p
 
 

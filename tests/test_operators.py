@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch.autograd import forward_ad
-from torch.library import opcheck
 
 from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from torch_sce.kernels import native, operators
@@ -37,14 +36,16 @@ def test_operators_are_declared_as_they_are(model, layout):
     t = torch.rand(3, 4, 9).requires_grad_()
     clip, g = MODELS[model], torch.rand(3, 4)
     for counted in (None, torch.rand(3, 4) > 0.3):
-        opcheck(operators._label_losses, (z, y, counted, clip))
-        opcheck(operators._target_losses, (z, t, counted, clip, 0.1))
+        library.opcheck(operators._label_losses, (z, y, counted, clip))
+        library.opcheck(operators._target_losses, (z, t, counted, clip, 0.1))
         _, saved = operators._label_losses(z, y, counted, clip)
-        opcheck(operators._label_gradients, (g, z.detach(), y, counted, clip, saved.detach()))
+        library.opcheck(
+            operators._label_gradients, (g, z.detach(), y, counted, clip, saved.detach())
+        )
         _, saved = operators._target_losses(z, t, counted, clip, 0.1)
         given = (g, z.detach(), t.detach(), counted, clip, 0.1)
         for needs in ([True, False], [False, True], [True, True]):
-            opcheck(operators._target_gradients, (*given, needs, saved.detach()))
+            library.opcheck(operators._target_gradients, (*given, needs, saved.detach()))
 
 
 def compiled(step, *given):

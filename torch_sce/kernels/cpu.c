@@ -413,7 +413,7 @@ static void prefer_huge_pages(void *data, int64_t bytes)
     /* From 32 MiB on an allocation is a mapping of its own, so that no other memory is affected. */
     uintptr_t page = 4096, begin = ((uintptr_t)data + page - 1) & ~(page - 1);
     uintptr_t end = ((uintptr_t)data + (uintptr_t)bytes) & ~(page - 1);
-    if (data && bytes > 1 << 25)
+    if (bytes > 1 << 25)
         (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 #else
     (void)data, (void)bytes;

@@ -133,6 +133,11 @@ INLINE bool NAME(in_place)(const Job *job, const Group *group, const Block *bloc
     return is_adjacent(job, group, x) && job->kind[x] == OWN_KIND && block->lanes == LANES;
 }
 
+INLINE REAL *NAME(address)(const Job *job, const Group *group, const Block *block, Tensor x)
+{
+    return (REAL *)job->data[x] + start_of(job, block, x) + group->at[x][0];
+}
+
 /* A block of tensor x: where it is if that can be, otherwise a copy. */
 INLINE const REAL *NAME(read)(
     const Job *job, const Group *group, const Block *block, Tensor x, REAL fill, REAL *copy,
@@ -140,14 +145,14 @@ INLINE const REAL *NAME(read)(
 {
     if (NAME(in_place)(job, group, block, x)) {
         *step = step_of(job, x);
-        return (const REAL *)job->data[x] + start_of(job, block, x) + group->at[x][0];
+        return NAME(address)(job, group, block, x);
     }
     *step = LANES;
     NAME(copy_block)(job, group, block, x, fill, copy);
     return copy;
 }
 
-/* Writes a block that was computed in `from`. */
+/* Writes a block that was computed in `copy`. */
 CLONES static void NAME(write_block)(
     const Job *job, const Group *group, const Block *block, Tensor x, REAL *copy)
 {
@@ -170,7 +175,7 @@ INLINE REAL *NAME(place)(
 {
     bool own = NAME(in_place)(job, group, block, x);
     *step = own ? step_of(job, x) : LANES;
-    return own ? (REAL *)job->data[x] + start_of(job, block, x) + group->at[x][0] : copy;
+    return own ? NAME(address)(job, group, block, x) : copy;
 }
 
 /* ---- Sums ---------------------------------------------------------------------------------- */

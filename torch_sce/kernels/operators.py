@@ -7,8 +7,7 @@ Exported programs have the definitions, so that they run without this package.
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from . import cpu, cpu_targets
 from .aten import empty_like
@@ -31,7 +30,7 @@ def _bounds(clip: Sequence[float] | None) -> Clip:
     return None if clip is None else (clip[0], clip[1])
 
 
-@custom_op(
+@library.custom_op(
     "torch_sce::label_losses", mutates_args=(), device_types="cpu",
     schema="(Tensor z, Tensor y, Tensor? counted, float[]? clip) -> (Tensor, Tensor)",
 )  # fmt: skip
@@ -49,7 +48,7 @@ def _(
     return cpu.results(z, y.shape, 3 if clip is None else 2)
 
 
-@custom_op(
+@library.custom_op(
     "torch_sce::label_gradients", mutates_args=(), device_types="cpu",
     schema="(Tensor g, Tensor z, Tensor y, Tensor? counted, float[]? clip, Tensor saved) -> Tensor",
 )  # fmt: skip
@@ -84,7 +83,7 @@ def _backward_of_labels(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[T
 _label_losses.register_autograd(_backward_of_labels, setup_context=_keep_labels)
 
 
-@custom_op(
+@library.custom_op(
     "torch_sce::target_losses", mutates_args=(), device_types="cpu",
     schema="(Tensor z, Tensor t, Tensor? counted, float[]? clip, float smoothing)"
            " -> (Tensor, Tensor)",
@@ -102,7 +101,7 @@ def _(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 # Of z, of t, or of both: which are needed is known when the graph is made.
-@custom_op(
+@library.custom_op(
     "torch_sce::target_gradients", mutates_args=(), device_types="cpu",
     schema="(Tensor g, Tensor z, Tensor t, Tensor? counted, float[]? clip, float smoothing,"
            " bool[] needs, Tensor saved) -> Tensor[]",

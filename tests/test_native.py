@@ -100,6 +100,13 @@ def maps_with_gaps(x: Tensor) -> Tensor:
     return strided(x, (n * x.shape[2] + 5, 1, n))
 
 
+def runs_with_gaps(x: Tensor) -> Tensor:
+    """Rows without gaps, but for one after every thirteen or so."""
+    n = next(n for n in (13, 7, 2, 1) if x.shape[0] % n == 0)
+    x = x.reshape(-1, n, x.shape[1])
+    return strided(x, (n * x.shape[2] + 5, x.shape[2], 1))
+
+
 def strided(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     elements = 1 + sum((n - 1) * step for n, step in zip(x.shape, strides, strict=True))
     return x.new_zeros(elements).as_strided(x.shape, strides).copy_(x)
@@ -110,7 +117,7 @@ def nans(x: Tensor) -> Tensor:
     return strided(torch.full(x.shape, torch.nan, dtype=x.dtype), x.stride())
 
 
-LAYOUTS = (contiguous, channels_first, padded, every_other, maps_with_gaps)
+LAYOUTS = (contiguous, channels_first, padded, every_other, runs_with_gaps, maps_with_gaps)
 
 
 def laid_out(rows: Rows, layout, t_layout=None) -> Rows:
@@ -124,14 +131,17 @@ def laid_out(rows: Rows, layout, t_layout=None) -> Rows:
                 rows.smoothing)  # fmt: skip
 
 
-def results(rows: Rows, first: bool) -> Results:
-    """Forward and backward, with all tensors guarded; of the shapes (N,) and (N, C)."""
+def results(rows: Rows, first: bool, dz_layout=None) -> Results:
+    """Forward and backward, with all tensors guarded; of the shapes (N,) and (N, C).
+
+    dz has the strides of z, or a layout of its own.
+    """
     z, t = rows.z, rows.t
     shape, real, classes = z.shape[:-1], row_dtype(z), z.shape[-1]
     inputs = {name: Guarded(x, first) for name, x in vars(rows).items() if isinstance(x, Tensor)}
     numbers = 2 if t is None and rows.clip else 3
     saved = torch.full((numbers, *shape), torch.nan, dtype=real)
-    outputs = {"loss": saved[0], "saved": saved, "dz": nans(z)}
+    outputs = {"loss": saved[0], "saved": saved, "dz": nans(dz_layout(z) if dz_layout else z)}
     if t is not None and t.is_floating_point():
         outputs["dt"] = nans(t)
     outputs = {name: Guarded(x, first) for name, x in outputs.items()}
@@ -286,13 +296,23 @@ def test_any_class_may_be_the_label(model, dtype, layout):
 @pytest.mark.parametrize("t_dtype", cpu.KINDS, ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_targets_of_any_dtype_in_another_layout_equal_the_definition(model, t_dtype):
-    z_layouts = LAYOUTS[:-1]
+    z_layouts = LAYOUTS[:4]
     for number, size in enumerate(((2, 5), (65, 33), (64, 64), (3, 129), (2, 1025))):
         t_layouts = z_layouts[number % 4 :] + z_layouts[: number % 4]
         for z_layout, t_layout in zip(z_layouts, t_layouts, strict=True):
             for dtype in FLOATS[::2]:
                 given = make_rows(model, dtype, *size, True, t_dtype, seed=number)
                 require_right(laid_out(given, z_layout, t_layout), both_ends=False)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_first, padded, every_other])
+@pytest.mark.parametrize("dz_layout", [contiguous, channels_first, padded, every_other])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("of_targets", [False, True])
+def test_gradients_may_have_another_layout(of_targets, model, layout, dz_layout):
+    for dtype, size in product(FLOATS[::2], ((1, 5), (65, 5), (130, 33), (3, 65), (2, 1025))):
+        rows = laid_out(make_rows(model, dtype, *size, of_targets), layout)
+        require_same_bits(results(rows, False, dz_layout), results(rows, False))
 
 
 UNUSUAL = (torch.nan, torch.inf, -torch.inf, -1.0, 0.0, 2.0)

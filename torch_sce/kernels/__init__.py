@@ -96,8 +96,9 @@ def _is_compiled_for_cpu(z: Tensor, *others: Tensor | None) -> bool:
 
 def _needs_plain_operations(*tensors: Tensor | None) -> bool:
     """Whether the definitions are used: in compiled graphs, and for forward derivatives."""
-    return not are_plain(*tensors) or any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    return not are_plain(*tensors) or (
+        modes.forward_derivatives_active()
+        and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     )
 
 

@@ -6,6 +6,7 @@
  *
  *     rows            class k of LANES rows in step k: where classes are few or not contiguous
  *     parts of a row  LANES classes of one row in each step; a row's sums are merged at its end
+ *     elements        of whole rows one behind another: gradients of few classes, which need no sum
  *
  * so the loops over a block (cpu_rows.h) are written once. A block is read where it is, or copied
  * to the stack if it has another dtype or its lanes are not contiguous.
@@ -217,15 +218,17 @@ typedef struct {
     int rows;
     int64_t row[LANES];            /* in y */
     int64_t at[TENSORS][LANES];    /* of class 0, in elements */
-    bool adjacent[TENSORS];        /* whether the rows are contiguous */
+    bool adjacent[TENSORS];        /* whether class 0 of the rows is contiguous */
+    bool packed[TENSORS];          /* whether the rows follow each other without a gap */
+    bool flat;                     /* whether lanes are elements */
     int64_t y[LANES];              /* -1: not a class */
     bool counted[LANES], any_counted, all_counted;
-    int64_t begin, end;            /* the classes that are computed */
+    int64_t begin, end;            /* the classes, or elements, that are computed */
 } Group;
 
-/* Consecutive classes of a group. */
+/* Consecutive classes of a group, or elements. */
 typedef struct {
-    int64_t first;          /* the class of step 0, and lane 0 of a row in parts */
+    int64_t first;          /* the class of step 0, and lane 0 unless lanes are rows; or the element */
     int steps, lanes;
     int32_t label[LANES];   /* the step of each lane that is left out of sums: its label's; -1: none */
     int labelled;           /* the lane that has the label of a row in parts; -1: none */
@@ -263,6 +266,8 @@ INLINE void find_group(const Job *job, int64_t n, Group *group)
     }
     for (int x = 0; x < TENSORS; x++) {
         group->adjacent[x] = job->spread || (one_run && job->step[x][last] == 1);
+        group->packed[x] = one_run && job->class_step[x] == 1
+            && (group->rows == 1 || job->step[x][last] == job->classes);
         for (int w = 0; job->data[x] && one_run && w < group->rows; w++)
             group->at[x][w] = at[x] + w * job->step[x][last];
     }
@@ -280,8 +285,17 @@ INLINE void find_group(const Job *job, int64_t n, Group *group)
     for (int w = 0; w < group->rows && job->y; w++)
         if (group->counted[w] && is_class(job, job->y[group->row[w]]))
             group->y[w] = job->y[group->row[w]];
+    group->flat = false;
     group->begin = 0;
     group->end = job->classes;
+}
+
+/* Makes lanes elements, if there are few classes and the rows of z and dz are packed. */
+INLINE void flatten(const Job *job, Group *group)
+{
+    group->flat = job->classes < FEW && group->packed[Z] && group->packed[DZ];
+    if (group->flat)
+        group->end = group->rows * job->classes;
 }
 
 INLINE void before_blocks(Block *block)
@@ -298,6 +312,11 @@ INLINE bool find_block(const Job *job, const Group *group, int64_t first, Block 
     if (left <= 0)
         return false;
     block->first = first;
+    if (group->flat) {
+        block->steps = (int)(left >= STEPS * LANES ? STEPS : left >= LANES ? left / LANES : 1);
+        block->lanes = (int)(left >= LANES ? LANES : left);
+        return true;
+    }
     if (!job->spread) {
         block->steps = (int)(left < STEPS ? left : STEPS);
         block->lanes = group->rows;
@@ -323,15 +342,15 @@ INLINE bool find_block(const Job *job, const Group *group, int64_t first, Block 
     return true;
 }
 
-INLINE int64_t end_of(const Job *job, const Block *block)
+INLINE int64_t end_of(const Job *job, const Group *group, const Block *block)
 {
-    return block->first + (int64_t)block->steps * (job->spread ? block->lanes : 1);
+    return block->first + (int64_t)block->steps * (job->spread || group->flat ? block->lanes : 1);
 }
 
 /* How far a step goes in tensor x. */
-INLINE int64_t step_of(const Job *job, Tensor x)
+INLINE int64_t step_of(const Job *job, const Group *group, Tensor x)
 {
-    return job->spread ? LANES * job->class_step[x] : job->class_step[x];
+    return job->spread || group->flat ? LANES * job->class_step[x] : job->class_step[x];
 }
 
 INLINE int64_t start_of(const Job *job, const Block *block, Tensor x)
@@ -342,7 +361,7 @@ INLINE int64_t start_of(const Job *job, const Block *block, Tensor x)
 /* Whether the lanes of a step are contiguous in tensor x. */
 INLINE bool is_adjacent(const Job *job, const Group *group, Tensor x)
 {
-    return job->spread ? job->class_step[x] == 1 : group->adjacent[x];
+    return job->spread ? job->class_step[x] == 1 : group->flat || group->adjacent[x];
 }
 
 INLINE int64_t lane_at(const Job *job, const Group *group, Tensor x, int w)

@@ -12,7 +12,7 @@
 #define FOR_ROWS(w) _Pragma("omp simd") for (int w = 0; w < lanes; w++)
 #define FOR_BLOCKS(k)                                                                              \
     before_blocks(&block);                                                                         \
-    for (int64_t k = group->begin; find_block(job, group, k, &block); k = end_of(job, &block))
+    for (int64_t k = group->begin; find_block(job, group, k, &block); k = end_of(job, group, &block))
 
 /* ---- Reading and writing blocks ------------------------------------------------------------ */
 
@@ -47,7 +47,7 @@ INLINE bool NAME(copy_fours)(
     (void)job, (void)group, (void)block, (void)x, (void)writes, (void)copy;
     return false;
 #else
-    if (job->spread || job->class_step[x] != 1 || job->kind[x] != OWN_KIND || block->steps < 4
+    if (job->spread || group->flat || job->class_step[x] != 1 || job->kind[x] != OWN_KIND || block->steps < 4
         || block->lanes % 4)
         return false;
     REAL *there = (REAL *)job->data[x] + block->first;
@@ -102,7 +102,7 @@ INLINE bool NAME(copy_fours)(
 CLONES static void NAME(copy_block)(
     const Job *job, const Group *group, const Block *block, Tensor x, REAL fill, REAL *copy)
 {
-    int64_t step = step_of(job, x);
+    int64_t step = step_of(job, group, x);
     int steps = block->steps, lanes = block->lanes;
     if (job->spread && job->class_step[x] == 1) { /* the next block of the row */
         int64_t size = SIZE_OF[job->kind[x]], next = group->at[x][0] + block->first + steps * LANES;
@@ -144,7 +144,7 @@ INLINE const REAL *NAME(read)(
     int64_t *step)
 {
     if (NAME(in_place)(job, group, block, x)) {
-        *step = step_of(job, x);
+        *step = step_of(job, group, x);
         return NAME(address)(job, group, block, x);
     }
     *step = LANES;
@@ -156,7 +156,7 @@ INLINE const REAL *NAME(read)(
 CLONES static void NAME(write_block)(
     const Job *job, const Group *group, const Block *block, Tensor x, REAL *copy)
 {
-    int64_t step = step_of(job, x);
+    int64_t step = step_of(job, group, x);
     int steps = block->steps, lanes = block->lanes;
     if (NAME(copy_fours)(job, group, block, x, true, copy))
         return;
@@ -174,7 +174,7 @@ INLINE REAL *NAME(place)(
     const Job *job, const Group *group, const Block *block, Tensor x, REAL *copy, int64_t *step)
 {
     bool own = NAME(in_place)(job, group, block, x);
-    *step = own ? step_of(job, x) : LANES;
+    *step = own ? step_of(job, group, x) : LANES;
     return own ? NAME(address)(job, group, block, x) : copy;
 }
 
@@ -334,9 +334,31 @@ static void NAME(merge_segments)(const Job *job)
     }
 }
 
+/* Writes x[w] for every element of row w, one row behind another, and perhaps some elements more. */
+INLINE void NAME(repeat)(const Job *job, const Group *group, const REAL *x, REAL *to)
+{
+    for (int w = 0; w < group->rows; w++)
+        for (int64_t k = 0; k < job->classes; k += 8)
+            for (int i = 0; i < 8; i++)
+                to[w * job->classes + k + i] = x[w];
+}
+
+/* Stores x at element `at` of the gradient. */
+INLINE void NAME(store)(const Job *job, Tensor dx, int64_t at, REAL x)
+{
+    switch (job->kind[dx]) {
+    case F32: ((float *)job->data[dx])[at] = (float)x; break;
+    case F64: ((double *)job->data[dx])[at] = x; break;
+    case BF16: ((uint16_t *)job->data[dx])[at] = to_bf16((float)x); break;
+    case F16: ((uint16_t *)job->data[dx])[at] = to_f16((float)x); break;
+    default: break;
+    }
+}
+
 INLINE void NAME(group_gradients)(const Job *job, Group *group)
 {
     REAL f[LANES], shift[LANES], at_label[LANES], in[STEPS * LANES], out[STEPS * LANES];
+    REAL f_of[LANES * FEW + 8], shift_of[LANES * FEW + 8]; /* of elements */
     REAL m[LANES], p[LANES], low = (REAL)job->low, high = (REAL)job->high;
     double g[LANES], r[LANES];
     int lanes = job->spread ? 1 : LANES;
@@ -367,8 +389,15 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
         }
     if (job->spread)
         FOR_LANES(w) f[w] = f[0], shift[w] = shift[0];
+    flatten(job, group);
+    if (group->flat) {
+        NAME(repeat)(job, group, f, f_of);
+        NAME(repeat)(job, group, shift, shift_of);
+    }
     FOR_BLOCKS(k) {
-        int64_t step = LANES, out_step;
+        int64_t step = LANES, out_step, own = group->flat ? LANES : 0;
+        const REAL *fs = group->flat ? f_of + block.first : f;
+        const REAL *shifts = group->flat ? shift_of + block.first : shift;
         REAL *dz = NAME(place)(job, group, &block, DZ, out, &out_step);
         if (!group->any_counted) {
             for (int i = 0; i < block.steps; i++)
@@ -379,24 +408,32 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
                 for (int i = 0; i < block.steps; i++)
                     FOR_LANES(w) {
                         REAL q = z[i * step + w];
-                        dz[i * out_step + w] = ONLY(q >= low && q <= high, f[w]);
+                        dz[i * out_step + w] = ONLY(q >= low && q <= high, fs[i * own + w]);
                     }
             else
                 for (int i = 0; i < block.steps; i++)
-                    FOR_LANES(w) dz[i * out_step + w] = f[w] * EXP(z[i * step + w] - shift[w]);
+                    FOR_LANES(w)
+                        dz[i * out_step + w] =
+                            fs[i * own + w] * EXP(z[i * step + w] - shifts[i * own + w]);
         }
         if (block.labelled >= 0)
             dz[block.label[block.labelled] * out_step + block.labelled] = at_label[0];
         for (int w = 0; w < block.lanes && !job->spread; w++)
             if (block.label[w] >= 0)
                 dz[block.label[w] * out_step + w] = at_label[w];
-        if (!group->all_counted && !job->spread)
+        if (!group->all_counted && !job->spread && !group->flat)
             for (int w = 0; w < block.lanes; w++)
                 if (!group->counted[w])
                     for (int i = 0; i < block.steps; i++)
                         dz[i * out_step + w] = 0;
         if (dz == out)
             NAME(write_block)(job, group, &block, DZ, out);
+    }
+    for (int w = 0; w < group->rows && group->flat; w++) {
+        if (group->y[w] >= 0)
+            NAME(store)(job, DZ, group->at[DZ][w] + group->y[w], at_label[w]);
+        for (int64_t k = 0; k < job->classes && !group->counted[w]; k++)
+            NAME(store)(job, DZ, group->at[DZ][w] + k, 0);
     }
 }
 

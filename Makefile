@@ -17,7 +17,7 @@ SANITIZED := build/sanitized
 cross-check: $(READY)
 	$(BIN)/python scripts/cross_check.py --html cross-check.html --json cross-check.json $(ARGS)
 
-# Compares time and memory with other implementations, beside busy processes too, eleven minutes;
+# Compares time and memory with other implementations, beside busy processes too, sixteen minutes;
 # ARGS="--quick" for two.
 benchmark: $(READY)
 	$(BIN)/python scripts/benchmark --busy $(ARGS)
@@ -72,7 +72,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 # Once more if the dependencies, the version or the C code have changed.
-$(READY): pyproject.toml constraints.txt torch_sce/__init__.py torch_sce/kernels/cpu.c \
+$(READY): pyproject.toml setup.py constraints.txt torch_sce/__init__.py torch_sce/kernels/cpu.c \
 		torch_sce/kernels/cpu_rows.h
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip

@@ -17,9 +17,11 @@
 
 # %%
 import os
+import sys
 
 import torch._dynamo  # loads Triton, which may fail to load after TensorFlow
 
+sys.path.insert(0, "../scripts")  # for the benchmark's peak_memory
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # both frameworks on the CPU
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
@@ -34,6 +36,7 @@ import numpy as np
 import tensorflow as tf
 import torch
 import torch.nn.functional as F
+from benchmark.measuring import peak_memory
 from torch import nn
 
 import torch_sce
@@ -163,31 +166,37 @@ print(f"uniform: {uniform:.2f} nats, frequencies: {unigram:.2f} nats per charact
 
 # %%
 STEPS = 1000
-optimizer = torch.optim.Adam(model.parameters())
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=STEPS)
-draw = torch.Generator().manual_seed(1)
 
 
 @torch.no_grad()
-def validation_loss(pieces_=200):
+def validation_loss(model, pieces_=200):
     """The mean loss over pieces from all over the validation play."""
     x, y = pieces(validation, torch.linspace(0, len(validation) - T - 1, pieces_).long())
     return loss(y, model(x)[0]).item()
 
 
-history, validated = [], {0: validation_loss()}
-for step in range(1, STEPS + 1):
-    x, y = pieces(training, torch.randint(len(training) - T, (B,), generator=draw))
-    optimizer.zero_grad()
-    value = loss(y, model(x)[0])
-    value.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    history.append(value.item())
-    if step % 100 == 0:
-        validated[step] = validation_loss()
+def train(model, loss_of_batch, steps=STEPS):
+    """The losses of these steps, the first of STEPS, and of the validation play every 100."""
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=STEPS)
+    draw = torch.Generator().manual_seed(1)
+    history, validated = [], {0: validation_loss(model)}
+    for step in range(1, steps + 1):
+        x, y = pieces(training, torch.randint(len(training) - T, (B,), generator=draw))
+        optimizer.zero_grad()
+        value = loss_of_batch(model, x, y)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        history.append(value.item())
+        if step % 100 == 0:
+            validated[step] = validation_loss(model)
+    return history, validated
 
+
+untrained = copy.deepcopy(model)
+history, validated = train(model, lambda model, x, y: loss(y, model(x)[0]))
 final = validated[STEPS]
 print(f"validation loss {validated[0]:.3f} nats before training, {final:.3f} after")
 print(f"perplexity {math.exp(final):.2f}, bits per character {final / math.log(2):.2f}")
@@ -231,6 +240,70 @@ ax.set(xlabel="character", ylabel="loss (nats)", title="The loss of each charact
 ax.legend(loc="upper right", bbox_to_anchor=(1, 0.94), frameon=False)
 ax.margins(x=0.01)
 plt.show()
+
+# %% [markdown]
+# ## The last layer and the loss in one
+#
+# `LinearSparseCategoricalCrossentropy` gets what goes into the last layer, (B, T, H), with the
+# layer's weight and bias. It computes the logits in chunks, each with its gradients, and never has
+# them all. The same training again, from the same weights, for as many batches as show that the
+# curve is the same. The first value is equal within the tolerance from above; after that the
+# rounding of the weights differs, and the training makes the differences grow.
+
+# %%
+HEAD_STEPS = 300
+head_loss = torch_sce.LinearSparseCategoricalCrossentropy()
+
+
+def loss_of_head(model, x, y):
+    hidden, _ = model.lstm(model.embedding(x))
+    return head_loss(y, hidden, model.output.weight, model.output.bias)
+
+
+with_head, _ = train(untrained, loss_of_head, HEAD_STEPS)
+gaps = np.abs(np.array(with_head) - history[:HEAD_STEPS])
+print(f"apart by {gaps[0]:.1e} for the first batch, {gaps.max():.1e} at most")
+assert gaps[0] <= tolerance(logits.detach(), history[0])
+assert gaps.max() < 0.05  # less than from one batch to the next
+
+fig, ax = plt.subplots()
+ax.plot(range(1, HEAD_STEPS + 1), history[:HEAD_STEPS], color="#b5d0ea", lw=4, label="all logits")
+ax.plot(range(1, HEAD_STEPS + 1), with_head, color=KERAS, lw=0.8, label="logits in chunks")
+ax.set(xlabel="batch", ylabel="loss (nats per character)", title="The same training, twice")
+ax.set_xlim(0, HEAD_STEPS)
+ax.legend(loc="upper right")
+plt.show()
+
+# %% [markdown]
+# With 84 classes the logits are small. With a vocabulary of 32,000 they are the largest tensor of a
+# training step, and `loss` makes another one, their gradient. The peak memory of both passes,
+# beyond what was there before:
+
+# %%
+C = 32_000
+hidden = torch.randn(B * T, model.lstm.hidden_size, requires_grad=True)
+weight = (torch.randn(C, model.lstm.hidden_size) / 16).requires_grad_()
+y = torch.randint(C, (B * T,))
+calls = {
+    "all logits": lambda: torch.autograd.grad(loss(y, hidden @ weight.T), [hidden, weight]),
+    "logits in chunks": lambda: torch.autograd.grad(head_loss(y, hidden, weight), [hidden, weight]),
+}
+gradients = hidden.nbytes + weight.nbytes
+print(f"the logits {4 * B * T * C / 1e6:.0f} MB, the gradients {gradients / 1e6:.0f} MB")
+peaks = {name: peak_memory(call, "cpu") for name, call in calls.items()}
+for name, peak in peaks.items():
+    print(f"{name}: " + ("not known" if peak is None else f"{peak / 1e6:.0f} MB"))
+
+# %% [markdown]
+# All logits and their gradient are twice the size of the logits. In chunks the peak is that of the
+# gradients of `hidden` and `weight`, which a backward pass returns, and one workspace of at most
+# 64 MiB (`chunk_bytes`). Both assertions leave a tenth for the buffers of the matrix products, and
+# for memory that was mapped before.
+
+# %%
+if None not in peaks.values():
+    assert peaks["all logits"] > 0.9 * 2 * 4 * B * T * C
+    assert peaks["logits in chunks"] < gradients + 1.1 * 2**26
 
 # %% [markdown]
 # ## The same batch in Keras

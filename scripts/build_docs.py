@@ -24,15 +24,18 @@ from benchmark.cases import (
     COMPILED,
     CROSS_ENTROPY,
     FRESH_MOVES,
+    FUSED,
+    HEAD,
     KERAS_TORCH,
+    LINEAR,
     MOVES,
-    OF_LOG,
     OURS,
-    PROBABILITIES,
+    PRODUCTS,
     TF_KERAS,
     Case,
 )
 from benchmark.measuring import BOTH, PASSES
+from benchmark.report import UNFUSED
 from benchmark.results import Result
 
 import torch_sce
@@ -70,6 +73,7 @@ def printed_explanation() -> str:
 
 
 COLUMNS = (CROSS_ENTROPY, COMPILED, KERAS_TORCH, TF_KERAS, MOVES, FRESH_MOVES)
+HEAD_COLUMNS = (LINEAR, FUSED, PRODUCTS)
 
 
 def speed_tables() -> str:
@@ -78,17 +82,31 @@ def speed_tables() -> str:
     for entry in json.loads((ROOT / "docs" / "benchmark-cpu.json").read_text())["cases"]:
         case = Case(**entry["case"] | {"shape": tuple(entry["case"]["shape"])})
         results.append(Result(**entry | {"case": case}))
-    heading = [f"| predictions | {' | '.join(COLUMNS)} | peak memory |", "|---" * 8 + "|"]
-    quiet, busy = ([r for r in results if r.case.busy is busy] for busy in (False, True))
-    tables = ["\n".join([*heading, *map(speed_row, group)]) for group in (quiet, busy) if group]
-    return "\n\nBeside a busy process on each core:\n\n".join(tables)
+    heads = [r for r in results if r.case.kind == HEAD]
+    groups = {
+        "": [r for r in results if r.case.kind != HEAD and not r.case.busy],
+        "Beside a busy process on each core:\n\n": [r for r in results if r.case.busy],
+        "Linear heads, (rows, features, classes), both passes:\n\n": heads,
+    }
+    return "\n\n".join(
+        title + speed_table(group, HEAD_COLUMNS if group is heads else COLUMNS)
+        for title, group in groups.items()
+        if group
+    )
 
 
-def speed_row(result: Result) -> str:
-    theirs = OF_LOG if result.case.kind == PROBABILITIES else CROSS_ENTROPY
+def speed_table(results: list[Result], columns: tuple[str, ...]) -> str:
+    passes = (BOTH,) if columns is HEAD_COLUMNS else PASSES
+    heading = f"| predictions | {' | '.join(columns)} | peak memory |"
+    rows = [speed_row(result, columns, passes) for result in results]
+    return "\n".join([heading, "|---" * (len(columns) + 2) + "|", *rows])
+
+
+def speed_row(result: Result, columns: tuple[str, ...], passes: tuple[str, ...]) -> str:
+    theirs = UNFUSED[result.case.kind]
     cells = [
-        " / ".join(f"{result.ratio(peer, which):.2f}" for which in PASSES)
-        for peer in (theirs, *COLUMNS[1:])
+        " / ".join(f"{result.ratio(peer, which):.2f}" for which in passes)
+        for peer in (theirs, *columns[1:])
     ]
     cells.append(", ".join(f"{result.peak(name, BOTH):.2f}" for name in (OURS, theirs)))
     shown = ["-" if "nan" in cell else cell for cell in (result.case.name, *cells)]

@@ -89,6 +89,13 @@ def tensorflow(request: pytest.FixtureRequest) -> None:
         pytest.skip("needs TensorFlow")
 
 
+@pytest.fixture
+def one_extension(request: pytest.FixtureRequest) -> None:
+    """For a test whose other processes must have this one's extension: they have the installed."""
+    if request.config.option.without_extension or request.config.option.extension:
+        pytest.skip("other processes have the extension that is installed")
+
+
 @pytest.fixture(scope="session")
 def keras(tensorflow: None) -> Iterator[LiveOracle]:
     """The real tf.keras in its own process."""

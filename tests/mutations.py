@@ -2,9 +2,11 @@
 
 A wrong function gets the right one first, then its arguments. It is decorated with the name of
 the mistake, the functions or methods that it replaces, and the features of cases that show it best.
+Those in `OF_HEADS` are found by the cases with a linear head.
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ import torch
 from torch_sce import accuracy, kernels, metrics, samples
 from torch_sce.arrays import HALVES
 from torch_sce.crosscheck.cases import Case
-from torch_sce.kernels import aten, cpu, cpu_targets, targets
+from torch_sce.kernels import aten, cpu, cpu_targets, head, targets
 from torch_sce.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from torch_sce.options import FLOATS, MEANS
 from torch_sce.reduction import example_means, numerator_and_denominator, reduce, weighted
@@ -43,6 +45,7 @@ class Mutation:
 
 
 MUTATIONS: dict[str, Mutation] = {}
+OF_HEADS: dict[str, Mutation] = {}
 
 
 def _places(thing: Any) -> Iterator[tuple[Any, str]]:
@@ -61,13 +64,16 @@ def _places(thing: Any) -> Iterator[tuple[Any, str]]:
 
 
 def mistake(
-    name: str, *rights: Callable[..., Any], features: Mapping[str, str] | None = None
+    name: str,
+    *rights: Callable[..., Any],
+    features: Mapping[str, str] | None = None,
+    among: dict[str, Mutation] = MUTATIONS,
 ) -> Callable[[Callable[..., Any]], None]:
     """Registers the decorated function as the replacement of `rights`."""
 
     def register(wrong: Callable[..., Any]) -> None:
         changes = [(right, _given(right, wrong)) for right in rights]
-        MUTATIONS[name] = Mutation(changes, features or {})
+        among[name] = Mutation(changes, features or {})
 
     return register
 
@@ -469,3 +475,60 @@ def _(right, values, weight, mask, kept):
 @mistake("reset forgets nothing", metrics.Accuracy.reset_state)
 def _(right, self):
     pass
+
+
+# Linear heads
+
+of_a_head = functools.partial(mistake, among=OF_HEADS)
+
+
+@of_a_head("a chunk dropped", head._chunks)
+def _(right, given):
+    count = sum(1 for _ in right(given))
+    yield from itertools.islice(right(given), max(1, count - 1))
+
+
+@of_a_head("a smaller last chunk scaled twice", head._SumOfProducts.add)
+def _(right, self, dz, x):
+    rows = vars(self).setdefault("rows", len(dz))
+    right(self, dz * 2 if len(dz) < rows else dz, x)
+
+
+@of_a_head("d weight of the last chunk alone", head._SumOfProducts.add)
+def _(right, self, dz, x):
+    self.chunks = 0
+    right(self, dz, x)
+
+
+@of_a_head("a mean of every chunk", head.gradients)
+def _(right, g, needs, *inputs):
+    given = head.Head(*inputs)
+    sizes = [len(x) for _, x, _ in head._chunks(head._prepared(given))]
+    if given.counted is not None or len(sizes) < 2:
+        return right(g, needs, *inputs)
+    parts = [part * (len(g) / len(part) / len(sizes)) for part in g.split(sizes)]
+    return right(torch.cat(parts), needs, *inputs)
+
+
+@of_a_head("the slope of the softcap left out", head.gradients)
+def _(right, g, needs, *inputs):
+    given = head.Head(*inputs)
+    x, weight, softcap = given.x, given.weight, given.softcap
+    if softcap is None or not all(needs) or len(weight) > 300 or given.counted is not None:
+        return right(g, needs, *inputs)
+    capped = softcap * (torch.nn.functional.linear(x, weight, given.bias) / softcap).tanh()
+    given = given._replace(x=capped, weight=torch.eye(len(weight)).to(x), bias=None, softcap=None)
+    loss, dz, *_ = right(g, [True, False, False], *given)
+    return loss, dz @ weight, dz.T @ x, dz.sum(0)
+
+
+@of_a_head("rows that do not count multiplied by their gradient of 0", head._chunks)
+def _(right, given):
+    return right(given._replace(counted=None))
+
+
+@of_a_head("the rows overwritten", head._chunks)
+def _(right, given):
+    for rows, x, z in right(given):
+        yield rows, x, z
+        given.x[rows] = 0

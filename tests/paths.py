@@ -9,17 +9,17 @@ import os
 import torch
 
 from torch_sce import kernels
-from torch_sce.kernels import aten
+from torch_sce.kernels import aten, head
 
 SLOWEST = "triton, shared rows"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 PATHS = {
     "cpu": {},
-    "any device": {"_kernels": lambda z: aten},
-    "any device, many blocks": {"_kernels": lambda z: aten, "CPU_BLOCK": 20, "DEVICE_BLOCK": 20},
+    "any device": {"kernels_for": lambda z: aten},
+    "any device, many blocks": {"kernels_for": lambda z: aten, "CPU_BLOCK": 20, "DEVICE_BLOCK": 20},
 }
-MODULES = [kernels, aten]
+MODULES = [kernels, aten, head]
 SAVING = [aten]  # modules whose forward pass saves a row's whole summary
 
 if INTERPRETED or torch.get_default_device().type == "cuda":
@@ -30,11 +30,11 @@ if INTERPRETED or torch.get_default_device().type == "cuda":
 
     PATHS = {} if INTERPRETED else {key: PATHS[key] for key in PATHS if "any device" in key}
     PATHS |= {
-        "triton": {"_kernels": triton},
-        "triton, small tiles": {"_kernels": triton, "TILE": 32, "LONG": 16, "WIDE": 2},
-        SLOWEST: {"_kernels": triton, "TILE": 4, "LONG": 4, "SHARED": 1},
+        "triton": {"kernels_for": triton},
+        "triton, small tiles": {"kernels_for": triton, "TILE": 32, "LONG": 16, "WIDE": 2},
+        SLOWEST: {"kernels_for": triton, "TILE": 4, "LONG": 4, "SHARED": 1},
     }
-    MODULES = [kernels, aten, cuda]
+    MODULES = [kernels, aten, head, cuda]
     SAVING = [aten, cuda]
 
 

@@ -383,7 +383,7 @@ def test_every_element_of_rows_with_targets_is_written(model, small_tiles):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 3, 5)])
 def test_losses_of_targets_take_the_kernels(shape, model, monkeypatch):
-    monkeypatch.setattr(kernels, "_kernels", lambda z: cuda)
+    monkeypatch.setattr(kernels, "kernels_for", lambda z: cuda)
     for name in ("forward", "backward"):
         monkeypatch.setattr(targets, name, None)
     z, t, g = rows_with_targets(shape, model)
@@ -400,7 +400,7 @@ def test_losses_of_targets_take_the_kernels(shape, model, monkeypatch):
 
 
 def test_targets_that_triton_may_not_read_take_any_device_s_path(monkeypatch):
-    monkeypatch.setattr(kernels, "_kernels", lambda z: cuda)
+    monkeypatch.setattr(kernels, "kernels_for", lambda z: cuda)
     z = torch.zeros(3, 5)
     assert kernels._target_kernels(z, z.half()) is cuda_targets
     assert kernels._target_kernels(z, z.bool()) is cuda_targets

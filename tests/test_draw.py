@@ -21,16 +21,21 @@ from torch_sce.crosscheck.recorded import RECORDED, WHOLE, RecordedOracle, recor
 ROOT = Path(__file__).parent.parent
 
 # All recorded cases must be drawn alike, and some compared.
+HEADS = "dc935a15ff394b00"  # a hash of those with a head
 PROGRAM = f"""
+import hashlib
+
 from torch_sce.crosscheck.answers import ours
 from torch_sce.crosscheck.compare import judge, mismatches
-from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.draw import draw, with_head
 from torch_sce.crosscheck.recorded import RecordedOracle
 
 oracle = RecordedOracle()
 cases = [draw({SEED}, index) for index in range({CASES})]
 drawn = [case.fingerprint for case in cases]
 assert drawn == [fingerprint for fingerprint, *_ in oracle.entries]
+heads = [headed.fingerprint for case in cases if (headed := with_head(case))]
+assert hashlib.sha256("".join(heads).encode()).hexdigest()[:16] == "{HEADS}"
 some = cases[::10]
 verdicts = [judge(c, a, ours(c)) for c, a in zip(some, oracle.answers(some), strict=True)]
 assert not mismatches(verdicts), mismatches(verdicts)

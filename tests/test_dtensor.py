@@ -58,6 +58,8 @@ def cases():
             yield f"reductions {case} {placement}", check_reductions, (*case, placement)
         for name in ACCURACIES:
             yield f"accuracies {name} {placement}", check_accuracy, (name, placement)
+    for case in product(("batch", "copy"), REDUCTIONS):
+        yield f"head {case}", check_head, case
     for model in MODELS:
         yield f"mixed {model}", check_mixed, (model,)
 
@@ -116,6 +118,25 @@ def check_accuracy(name, placement):
     function = getattr(torch_sce, name)
     with torch.no_grad():
         assert torch.equal(function(y, leaf).full_tensor(), function(problem.y, problem.z))
+
+
+def check_head(placement, reduction):
+    """Rows on both ranks with a whole weight on each; by PyTorch's operations."""
+    torch.manual_seed(0)
+    x, w, y = torch.randn(6, 5), torch.randn(7, 5), torch.randint(0, 7, (6,))
+    loss = torch_sce.LinearSparseCategoricalCrossentropy(reduction=reduction, logit_softcap=3)
+    plain = x.clone().requires_grad_(), w.clone().requires_grad_()
+    want = loss(y, *plain)
+    spread = place(x, placement).requires_grad_(), place(w, "copy").requires_grad_()
+    value = loss(place(y, placement), *spread)
+    torch.testing.assert_close(value.full_tensor(), want)
+    found = torch.autograd.grad(value.sum(), spread)
+    for got, right in zip(found, torch.autograd.grad(want.sum(), plain), strict=True):
+        torch.testing.assert_close(got.full_tensor(), right)
+    with pytest.raises(
+        TypeError, match=r"^weight must be a DTensor, as hidden is, with placements"
+    ):
+        loss(place(y, placement), spread[0], w)
 
 
 def check_mixed(model):

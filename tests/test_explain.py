@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import torch_sce
-from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy, explain
+from torch_sce import (
+    CategoricalCrossentropy,
+    LinearSparseCategoricalCrossentropy,
+    SparseCategoricalCrossentropy,
+    explain,
+)
 from torch_sce.crosscheck.answers import _tensor, _tensors
 from torch_sce.crosscheck.draw import draw
 from torch_sce.options import REDUCTIONS
@@ -188,8 +193,8 @@ class Doubled(CategoricalCrossentropy):
     def __init__(self):
         super().__init__(from_logits=True)
 
-    def forward(self, y_true, y_pred, sample_weight=None, mask=None):
-        return 2 * super().forward(y_true, y_pred, sample_weight, mask)
+    def forward(self, y_true, y_pred, sample_weight=None, mask=None, denominator=None):
+        return 2 * super().forward(y_true, y_pred, sample_weight, mask, denominator)
 
 
 def test_a_subclass_with_its_own_arguments_is_explained():
@@ -252,6 +257,80 @@ def test_under_a_transform_it_says_so():
 def test_what_is_no_loss_is_named(loss, got):
     with pytest.raises(TypeError, match=f"loss must be a torch_sce.* got .*{got}"):
         explain(loss, LABELS, LOGITS)
+
+
+HIDDEN = torch.tensor(rng.standard_normal((64, 6)), dtype=torch.float32)
+WEIGHT = torch.tensor(rng.standard_normal((10, 6)), dtype=torch.float32)
+BIAS = torch.tensor(rng.standard_normal(10), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"reduction": "mean_with_sample_weight", "ignore_class": 0},
+    {"reduction": "none", "logit_softcap": 2.0},
+    {"reduction": "sum", "logit_softcap": 0.5, "dtype": "float64"},
+])  # fmt: skip
+def test_a_linear_head_is_explained_as_the_loss_of_its_logits(options):
+    weights, mask = torch.linspace(0, 2, 64), torch.arange(64) % 5 != 0
+    loss = LinearSparseCategoricalCrossentropy(**options)
+    found = explain(loss, LABELS, HIDDEN, weights, mask, weight=WEIGHT, bias=BIAS)
+    assert found.value is not None and found.loss is loss
+    value = loss(LABELS, HIDDEN, WEIGHT, BIAS, weights, mask)
+    torch.testing.assert_close(found.value, value)  # the products are of other sizes
+    softcap = options.pop("logit_softcap", None)
+    z = torch.nn.functional.linear(HIDDEN, WEIGHT, BIAS)
+    z = z.to(loss.dtype) if softcap is not None else z
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    plain = explain(logits_loss(**options), LABELS, z, weights, mask)
+    assert str(found).splitlines()[2:] == str(plain).splitlines()[1:]
+    capped = "" if softcap is None else f", capped at {softcap:g}"
+    assert found.arguments[0] == (
+        "hidden (64, 6) float32, weight (10, 6) float32, bias (10,) float32: y_pred is "
+        f"hidden @ weight.T + bias{capped}"
+    )
+
+
+def test_a_linear_head_may_be_given_in_arrays_without_a_bias_and_in_half_precision():
+    loss = LinearSparseCategoricalCrossentropy()
+    y_true, hidden, weight = (x.numpy() for x in (LABELS, HIDDEN, WEIGHT))
+    found = explain(loss, y_true, hidden, weight=weight)
+    torch.testing.assert_close(found.value, loss(y_true, hidden, weight))
+    assert "bias" not in str(found)
+    half, weight = HIDDEN.bfloat16().requires_grad_(), WEIGHT.bfloat16()
+    found = explain(loss, LABELS, half, weight=weight)
+    torch.testing.assert_close(found.value, loss(LABELS, half, weight).detach(), rtol=1e-3, atol=0)
+
+
+def test_a_mistake_with_a_linear_head_is_found():
+    loss = LinearSparseCategoricalCrossentropy()
+    found = explain(loss, LABELS + 1, HIDDEN, weight=WEIGHT)
+    assert found.error.startswith("ValueError: y_true must hold labels in [0, 10)")
+    assert wrong(found) == ["labels that start at 1"]
+    found = explain(loss, LABELS, HIDDEN, weight=WEIGHT.T)
+    assert found.error.startswith("ValueError: weight must be (C, H)")
+    assert wrong(found) == ["a head that does not fit"] and "pass kernel.T" in str(found)
+    found = explain(loss, LABELS, HIDDEN, weight=WEIGHT.double())
+    assert found.error.startswith("TypeError: weight must have hidden's dtype")
+
+
+def test_a_linear_head_with_a_forward_of_its_own_is_told():
+    class Half(LinearSparseCategoricalCrossentropy):
+        def forward(self, *arguments, **options):
+            return super().forward(*arguments, **options) / 2
+
+    found = explain(Half(), LABELS, HIDDEN, weight=WEIGHT)
+    assert "Half overrides forward" in str(found) and not wrong(found)
+
+
+def test_the_weight_of_a_head_is_given_by_name_and_only_for_a_head():
+    with pytest.raises(TypeError, match=r"weight must be that of the head, given by name: expl"):
+        explain(LinearSparseCategoricalCrossentropy(), LABELS, HIDDEN, WEIGHT)
+    for part in ({"weight": WEIGHT}, {"bias": BIAS}):
+        with pytest.raises(TypeError, match=r"linear head, which a Sparse.* as sample_weight"):
+            explain(logits_loss(), LABELS, LOGITS, **part)
+    meta = torch.zeros(10, 6, device="meta")
+    with pytest.raises(TypeError, match=r"weight must be .* can be read, got a meta tensor"):
+        explain(LinearSparseCategoricalCrossentropy(), LABELS, HIDDEN, weight=meta)
 
 
 @pytest.mark.parametrize("from_logits", [True, False])

@@ -297,6 +297,25 @@ def test_predictions_are_not_written_over(model, labels_are):
         assert torch.equal(z.detach(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_may_be_written_over_their_predictions(model, dtype):
+    """In the bits of those in another tensor; also where classes are not contiguous."""
+    clip = None if model == "logits" else CLIP[dtype]
+    for classes in (7, MANY + 3):
+        z, y, g = rows(classes, model, (3,), dtype)
+        y[0], g[1] = IGNORED, 0
+        gaps = torch.nn.functional.pad(z, (1, 2))[:, 1:-2]
+        for z in (z.clone(), z.t().contiguous().t(), gaps):  # noqa: B020
+            options = (y, counted_in(y), clip, False)
+            module = kernels.kernels_for(z)
+            _, saved = module.forward(z, *options)
+            want = module.backward(g, z, *options, saved)
+            over = torch.empty_strided(z.shape, z.stride(), dtype=dtype).copy_(z)
+            found = module.backward(g, over, *options, saved, over)
+            assert found is over and torch.equal(found, want) and not found.isnan().any()
+
+
 # Where m = 0 will not do: sums too large, too small, and one that is right among them; rows that
 # the first block gives no warning of; entries that underflow, which are to be exactly 0.
 FAR = {

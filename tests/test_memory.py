@@ -6,7 +6,11 @@ import pytest
 import torch
 from benchmark.measuring import FORWARD, peak_memory
 
-from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from torch_sce import (
+    CategoricalCrossentropy,
+    LinearSparseCategoricalCrossentropy,
+    SparseCategoricalCrossentropy,
+)
 from torch_sce.kernels import native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -91,3 +95,51 @@ def test_targets_take_no_second_tensor_either(case, from_logits):
     both = peak_memory(lambda: torch.autograd.grad(loss(t, leaf, mask=mask), leaf), "cpu")
     assert forward is not None and forward < 0.02 * size + blocks
     assert both is not None and 0.9 * size < both < 1.03 * size + blocks
+
+
+HEADS = {
+    "plain": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "ignored": {"ignored": True},
+    "unreduced": {"reduction": "none"},
+    "softcap": {"logit_softcap": 30.0},
+    "bfloat16, softcap": {"dtype": torch.bfloat16, "logit_softcap": 30.0},
+    "autocast": {"autocast": True},
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_a_head_takes_a_chunk_and_one_float32_gradient_for_any_number_of_rows(case):
+    """Beyond the gradients themselves. All the logits would take 3 and 6 chunks, or half of that.
+
+    For the rest there are blocks of 1 MiB, rows of a few numbers each, and chunks that are not
+    full.
+    """
+    options = {"dtype": torch.float32, **HEADS[case]}
+    dtype, autocast = options.pop("dtype"), options.pop("autocast", False)
+    classes, features, ignored = 16000, 128, options.pop("ignored", False)
+    chunk = 6 * 2**20
+    loss = LinearSparseCategoricalCrossentropy(chunk_bytes=chunk, ignore_class=-1, **options)
+    weight = torch.randn(classes, features).to(dtype).requires_grad_()
+    peaks = []
+    for rows in (256, 512):
+        hidden = torch.randn(rows, features).to(dtype).requires_grad_()
+        y = torch.randint(0, classes, (rows,))
+        if ignored:
+            y[::3] = -1
+
+        def step(hidden=hidden, y=y):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                value = loss(y, hidden, weight).sum()
+            torch.autograd.grad(value, (hidden, weight))
+
+        step()
+        peak = peak_memory(step, "cpu")
+        assert peak is not None
+        own = sum(x.numel() * x.element_size() for x in (hidden, weight))
+        peaks.append(peak - own)
+    float32 = 4 * weight.numel()
+    # Less than another chunk, or another gradient; but the operations of `aten` have more blocks.
+    other = (4 if native else 14) * 2**20
+    assert max(peaks) < chunk + float32 + other, [peak / 2**20 for peak in peaks]
+    assert peaks[1] - peaks[0] < other

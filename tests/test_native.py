@@ -315,6 +315,60 @@ def test_gradients_may_have_another_layout(of_targets, model, layout, dz_layout)
         require_same_bits(results(rows, False, dz_layout), results(rows, False))
 
 
+IN_PLACE = (contiguous, channels_first, padded, runs_with_gaps, maps_with_gaps)
+
+
+def require_same_in_place(rows: Rows, first: bool) -> None:
+    """The gradient over its own predictions has the bits of the one in another tensor."""
+    want = results(rows, first)
+    inputs = {name: Guarded(x, first) for name, x in vars(rows).items() if isinstance(x, Tensor)}
+    given = {name: each.tensor for name, each in inputs.items()}
+    z, g = given.pop("z"), given.pop("g")
+    shape = (2 if rows.clip else 3, *z.shape[:-1])
+    saved = torch.empty(shape, dtype=row_dtype(z))
+    loss, options = torch.empty_like(saved[0]), {"clip": rows.clip, "saved": saved}
+    cpu.run(False, z, loss=loss, **given, **options)
+    cpu.run(True, z, dz=z, g=g, **given, **options)
+    for name, each in inputs.items():
+        each.require_canaries() if name == "z" else each.require_unchanged()
+    found = Results(loss.reshape(-1), z.reshape(-1, z.shape[-1]))
+    require_same_bits(found, want)
+
+
+@pytest.mark.parametrize("layout", IN_PLACE)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_may_be_written_over_their_predictions(model, dtype, layout):
+    """A block that is computed again, the last of a row, must not be read again."""
+    for number, size in enumerate(SIZES):
+        given = make_rows(model, dtype, *size)
+        if number % 2:
+            given.counted = torch.arange(size[0]) % 5 != 1
+        require_same_in_place(laid_out(given, layout), first=number % 4 < 2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_of_several_segments_may_be_written_over_their_predictions(model, dtype):
+    for number, size in enumerate(SEGMENTED):
+        given = make_rows(model, dtype, *size)
+        given.counted = torch.tensor([True, False]) if size[0] == 2 else None
+        labels = (size[1] - 1, SEGMENT - 1, SEGMENT, size[1] - LANES)
+        given.y = torch.tensor([0, labels[number % 4]][-size[0] :])
+        require_same_in_place(laid_out(given, padded if number % 2 else contiguous), number < 3)
+
+
+@pytest.mark.parametrize("layout", IN_PLACE)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_over_predictions_have_any_label(model, layout):
+    """Near the end of a row too, whose last classes are computed twice."""
+    for classes in (5, 65, 127, 129):
+        given = make_rows(model, torch.float32, classes, classes)
+        given.y = torch.arange(classes)
+        given.z[1], given.z[2] = torch.nan, torch.inf
+        require_same_in_place(laid_out(given, layout), first=False)
+
+
 UNUSUAL = (torch.nan, torch.inf, -torch.inf, -1.0, 0.0, 2.0)
 OUTSIDE = (-1, -(2**62), 2**31, 2**62)
 

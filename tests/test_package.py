@@ -64,13 +64,15 @@ def test_the_package_is_typed():
     assert resources.files("torch_sce").joinpath("py.typed").is_file()
 
 
-def test_the_public_names_are_keras_s_and_explain():
+def test_the_public_names_are_keras_s_those_of_a_linear_head_and_explain():
     assert sorted(torch_sce.__all__) == [
         "CategoricalCrossentropy",
+        "LinearSparseCategoricalCrossentropy",
         "SparseCategoricalCrossentropy",
         "categorical_accuracy",
         "categorical_crossentropy",
         "explain",
+        "linear_sparse_categorical_crossentropy",
         "sparse_categorical_accuracy",
         "sparse_categorical_crossentropy",
         "sparse_top_k_categorical_accuracy",

@@ -11,6 +11,7 @@ from ulps import ulps
 
 from torch_sce import SparseCategoricalCrossentropy
 from torch_sce.crosscheck.reference import right
+from torch_sce.reduction import factors, reduce
 
 REDUCTIONS = ("none", None, "sum", "mean", "sum_over_batch_size", "mean_with_sample_weight")
 SCALARS = ("sum", "mean", "sum_over_batch_size", "mean_with_sample_weight")
@@ -75,6 +76,31 @@ def test_a_reduction_is_its_formula_on_the_unreduced_losses(batch, reduction, da
     want = total / divisor if divisor else torch.tensor(0.0)
     scale = each.abs().sum() / max(abs(divisor.item()), 0.25)
     assert ulps(value, want, max(float(scale), 1e-30)) <= 16
+
+
+@settings(deadline=None)
+@given(st.sampled_from(REDUCTIONS), st.data())
+def test_the_factors_of_a_reduction_are_its_derivatives(reduction, data):
+    """Half masks too. A derivative has a rounding for its product and one for the quotient."""
+    shape = data.draw(st.sampled_from([(), (1,), (4,), (0,), (2, 3), (2, 1), (0, 3)]))
+    ranks = [(), *[shape[:i] + (1,) * (len(shape) - i) for i in range(len(shape) + 1)]]
+
+    def drawn(elements):
+        of_shape = data.draw(st.sampled_from(ranks))
+        return torch.tensor(data.draw(arrays.arrays(np.float32, of_shape, elements=elements)))
+
+    weight = data.draw(st.none() | st.builds(lambda: drawn(quarters)))
+    mask = data.draw(st.none() | st.builds(lambda: drawn(st.sampled_from([0.0, 0.5, 1.0, 2.0]))))
+    if mask is not None and data.draw(st.booleans()):
+        mask = mask.bool()
+    losses = torch.rand(shape, dtype=torch.float64)
+    losses = (losses if mask is None else losses * mask.bool()).requires_grad_()
+    (want,) = torch.autograd.grad(reduce(losses, weight, mask, reduction).sum(), losses)
+    if reduction in ("none", None):  # nothing is divided
+        reduction = "sum"
+    found = factors(losses.detach(), weight, mask, reduction)
+    assert found.shape == shape and found.dtype == torch.float64
+    assert ((found - want).abs() <= 2**-51 * want.abs()).all()
 
 
 @settings(deadline=None)

@@ -29,9 +29,9 @@ PATHS = ("cpu", "any device", "any device, many blocks", "definition")
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     if request.param != "cpu":
-        monkeypatch.setattr(kernels, "_kernels", lambda z: aten)
+        monkeypatch.setattr(kernels, "kernels_for", lambda z: aten)
     if request.param == "definition":
-        monkeypatch.setattr(kernels, "_needs_plain_operations", lambda *tensors: True)
+        monkeypatch.setattr(kernels, "needs_definition", lambda *tensors: True)
     if request.param == "any device, many blocks":
         monkeypatch.setattr(aten, "CPU_BLOCK", 20)
     return request.param

@@ -21,15 +21,18 @@ from .accuracy import (
 )
 from .explain import explain
 from .functional import categorical_crossentropy, sparse_categorical_crossentropy
+from .linear import LinearSparseCategoricalCrossentropy, linear_sparse_categorical_crossentropy
 from .losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
 __version__ = "0.1.0"
 __all__ = [
     "CategoricalCrossentropy",
+    "LinearSparseCategoricalCrossentropy",
     "SparseCategoricalCrossentropy",
     "categorical_accuracy",
     "categorical_crossentropy",
     "explain",
+    "linear_sparse_categorical_crossentropy",
     "sparse_categorical_accuracy",
     "sparse_categorical_crossentropy",
     "sparse_top_k_categorical_accuracy",

@@ -16,13 +16,15 @@ ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+def to_tensor(
+    name: str, value: Any, like: Tensor | None = None, like_name: str = "y_pred"
+) -> Tensor:
     """`value` as a dense, real tensor; what is not a tensor goes to `like`'s device."""
     if isinstance(value, Tensor):
         require_dense(name, value)
         if like is not None and value.device != like.device and value.ndim > 0:
             raise ValueError(
-                f"{name} must be on y_pred's device, {like.device}, got {value.device}: "
+                f"{name} must be on {like_name}'s device, {like.device}, got {value.device}: "
                 f"move it with {name}.to({str(like.device)!r})"
             )
         tensor = value if like is None else value.to(like.device)  # moves only scalars
@@ -37,24 +39,25 @@ def to_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
             tensor = tensor.to(float64_on(device))
         tensor = tensor.to(device)
     if like is not None and type(tensor) is not type(like):
-        _check_placement(name, tensor, like)
+        _check_placement(name, tensor, like, like_name)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
     return tensor
 
 
-def floats(y_pred: ArrayLike) -> Tensor:
+def floats(value: ArrayLike, name: str = "y_pred", like: Tensor | None = None) -> Tensor:
     """Predictions in a dtype that a function computes in; Python numbers as float32."""
-    listed = not hasattr(y_pred, "dtype")
-    y_pred = to_tensor("y_pred", y_pred)
+    listed = not hasattr(value, "dtype")
+    tensor = to_tensor(name, value, like, "hidden")
     if listed:  # Python numbers have no precision to keep
-        y_pred = y_pred.float()
-    if y_pred.dtype not in FLOATS:
+        tensor = tensor.float() if like is None else tensor.to(like.dtype)
+    if tensor.dtype not in FLOATS:
+        kind = {"y_pred": "predictions", "hidden": "hidden states"}.get(name)
+        hint = f": are labels and {kind} swapped?" if kind else ""
         raise TypeError(
-            f"y_pred must be float16, bfloat16, float32 or float64, got {y_pred.dtype}: "
-            "are labels and predictions swapped?"
+            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}{hint}"
         )
-    return y_pred
+    return tensor
 
 
 def float64_on(device: torch.device) -> torch.dtype:
@@ -79,19 +82,25 @@ def require_dense(name: str, tensor: Tensor) -> None:
     raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}: pass {plain}")
 
 
-def _check_placement(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_placement(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     """Raises if exactly one of the two is a DTensor, unless `tensor` is a scalar."""
     here, there = (getattr(x, "placements", None) for x in (tensor, like))
     if (here is None) == (there is None) or tensor.ndim == 0:
         return
+    if there is None and like_name == "hidden":
+        raise TypeError(
+            f"{name} must not be a DTensor if hidden is not, got one with placements {here}: under "
+            "FSDP leave the head in the group of the whole model, or call head.unshard() first; "
+            f"{name}.full_tensor() alone would not add up its gradient over the ranks"
+        )
     if there is None:
         raise TypeError(
-            f"{name} must not be a DTensor if y_pred is not, got one with placements {here}: "
-            f"pass {name}.full_tensor(), or {name}.to_local() if y_pred is this rank's part"
+            f"{name} must not be a DTensor if {like_name} is not, got one with placements {here}: "
+            f"pass {name}.full_tensor(), or {name}.to_local() if {like_name} is this rank's part"
         )
     raise TypeError(
-        f"{name} must be a DTensor, as y_pred is, with placements {there}, got a plain one: pass "
-        f"torch.distributed.tensor.distribute_tensor({name}, y_pred.device_mesh, ...)"
+        f"{name} must be a DTensor, as {like_name} is, with placements {there}, got a plain one: "
+        f"pass torch.distributed.tensor.distribute_tensor({name}, {like_name}.device_mesh, ...)"
     )
 
 

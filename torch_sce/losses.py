@@ -1,19 +1,19 @@
 """The losses as modules: they hold the options and compute the value of a batch."""
 
-import copy
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .arrays import ArrayLike
+from .distributed import Unreduced, denominator_of, group_of, of_shape, parse_group, reduced
 from .kernels import row_losses, target_losses
+from .kernels.shards import Slice, find_slice, shard_losses
 from .options import (
-    family_class,
-    options_in,
+    Parser,
+    WithOptions,
     parse_axis,
     parse_dtype,
     parse_flag,
@@ -21,12 +21,9 @@ from .options import (
     parse_name,
     parse_reduction,
     parse_smoothing,
-    shown_options,
 )
 from .reduction import reduce
-from .samples import Samples, prepare, prepare_targets
-
-Parser = Callable[[Any], Any]
+from .samples import Samples, class_axis, prepare, prepare_targets
 
 
 def _parsers(name: str, **own: Parser) -> dict[str, Parser]:
@@ -38,28 +35,23 @@ def _parsers(name: str, **own: Parser) -> dict[str, Parser]:
         "axis": parse_axis,
         "name": partial(parse_name, default=name),
         "dtype": parse_dtype,
+        "process_group": partial(parse_group, "process_group"),
     }
 
 
-class _Loss(nn.Module):
-    """What the losses share: options that are parsed whenever they are set, and their configs."""
+class _Loss(WithOptions):
+    """What the losses of predictions share."""
 
-    _options: ClassVar[dict[str, Parser]]
-    reduction: str | None
-    dtype: torch.dtype
+    _always_shown = "from_logits"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if _Loss not in cls.__bases__ and cls.call is not family_class(cls, _Loss).call:
+        if _Loss not in cls.__bases__ and cls.call is not cls.class_of_ours().call:
             raise TypeError(
                 f"{cls.__name__} must not override call, which would have no effect: a loss does "
                 "not compute its value with it. Override forward(y_true, y_pred, sample_weight, "
                 "mask)."
             )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        parse = self._options.get(name)
-        super().__setattr__(name, value if parse is None else parse(value))
 
     def forward(
         self,
@@ -67,6 +59,7 @@ class _Loss(nn.Module):
         y_pred: ArrayLike,
         sample_weight: ArrayLike | None = None,
         mask: ArrayLike | None = None,
+        denominator: ArrayLike | None = None,
     ) -> Tensor:
         """The loss: a scalar, or one value for each position if the reduction is "none".
 
@@ -79,6 +72,9 @@ class _Loss(nn.Module):
                 without its class axis.
             mask: as `sample_weight`. Positions with mask 0 do not count: their labels,
                 predictions and weights are not read.
+            denominator: what a mean divides by, in place of its own: a number or a scalar tensor,
+                at least 0, which gives 0; a constant. For parts of a batch it is the sum of their
+                `denominator`s.
 
         Returns:
             The value, in the loss's dtype. Gradients have the dtypes of `y_pred` and `y_true`.
@@ -88,9 +84,50 @@ class _Loss(nn.Module):
                 weight that would enlarge the loss), an axis out of range, a label out of range.
             TypeError: strings, complex numbers.
         """
-        samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
-        losses = self._losses(samples)
-        return reduce(losses, samples.weight, samples.mask, self.reduction).to(self.dtype)
+
+        def unreduced() -> Unreduced:
+            samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
+            return self._losses(samples), samples.weight, samples.mask
+
+        if self.process_group is None and denominator is None:
+            return reduce(*unreduced(), self.reduction).to(self.dtype)
+        return reduced(self, unreduced, y_pred, denominator)
+
+    def denominator(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike | torch.Size,
+        sample_weight: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+    ) -> Tensor:
+        """What the mean of this batch divides by, a scalar; for a sum 1.
+
+        The mean over several batches, as in gradient accumulation, has the sum of theirs:
+
+        >>> loss = SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+        >>> batches = [([0, -1], torch.zeros(2, 4)), ([1, 2, 3], torch.ones(3, 4))]
+        >>> n = sum(loss.denominator(y, z) for y, z in batches)
+        >>> n.item()
+        4.0
+        >>> total = sum(loss(y, z, denominator=n) for y, z in batches)
+        >>> round(total.item(), 4)  # log 4
+        1.3863
+
+        With a `process_group` it is summed over the group: every rank must call it as often.
+
+        Args:
+            y_true, sample_weight, mask: as for the loss.
+            y_pred: predictions, or only their shape, a `torch.Size` or tuple.
+
+        Raises:
+            ValueError: the reduction is "none"; as the loss.
+        """
+        y_pred = of_shape(y_pred, y_true)
+
+        def prepared() -> Samples:
+            return self._prepare(y_true, y_pred, sample_weight, mask, None)
+
+        return denominator_of(self, prepared, y_pred)
 
     def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
         """The losses per position, before weights and reduction: Keras's `Loss.call`.
@@ -129,42 +166,6 @@ class _Loss(nn.Module):
         """
         return _Criterion(self)
 
-    def get_config(self) -> dict[str, Any]:
-        """The options, as plain values that `from_config` takes.
-
-        Differs from Keras: `dtype` is kept, and for integer labels `axis`.
-
-        >>> SparseCategoricalCrossentropy(axis=1, dtype="float64").get_config()["axis"]
-        1
-        """
-        config = {name: getattr(self, name) for name in self._options}
-        return config | {"dtype": str(self.dtype).removeprefix("torch.")}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """A loss with these options: our own `get_config()`, or that of a Keras loss.
-
-        What `keras.losses.serialize` returns, a config with the name of its class, is accepted too.
-
-        >>> keras_config = {"name": "sce", "reduction": "sum", "from_logits": True,
-        ...                 "ignore_class": None}
-        >>> SparseCategoricalCrossentropy.from_config(keras_config)
-        SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
-        """
-        return cls(**options_in(config, cls, _Loss))
-
-    def extra_repr(self) -> str:
-        # Not self.get_config(): a subclass may have given it other keys.
-        default = family_class(type(self), _Loss)()
-        return shown_options(_Loss.get_config(self), _Loss.get_config(default), "from_logits")
-
-    def _with(self, **options: Any) -> Self:
-        """A copy that differs in these options, of a subclass with any constructor."""
-        other = copy.copy(self)
-        for name, value in options.items():
-            setattr(other, name, value)
-        return other
-
 
 class SparseCategoricalCrossentropy(_Loss):
     """The cross-entropy, in nats, between integer labels and predictions, weighted and averaged.
@@ -185,6 +186,13 @@ class SparseCategoricalCrossentropy(_Loss):
         dtype: the dtype of the result; None means float32, for predictions of any dtype. Given
             as a torch dtype, a name, a NumPy dtype or a Keras dtype policy. Predictions are cast
             to it first. Half precision is computed in float32 and cast at the end.
+        process_group: the processes over which the value is taken, a group of `torch.distributed`
+            or True for all. The value is that of their batches together, the same on every rank,
+            and the average of the ranks' gradients, as DDP and FSDP take it, is its gradient. A sum
+            is over all ranks, too; with "none" there is no effect. None: of this process alone.
+        class_group: the processes among which the classes are divided: predictions hold this rank's
+            slice of them, in the order of the ranks and of any sizes, labels, weights and masks
+            are the same on all, and so are the losses. Not with `torch.func`.
 
     Options may be set later, `loss.reduction = "sum"`, under the same rules.
 
@@ -211,7 +219,9 @@ class SparseCategoricalCrossentropy(_Loss):
 
     _options: ClassVar = _parsers(
         "sparse_categorical_crossentropy", ignore_class=parse_ignore_class
-    )
+    ) | {"class_group": partial(parse_group, "class_group")}
+    _found: tuple[int, Slice] | None = None
+    class_group: Any = None
 
     def __init__(
         self,
@@ -221,14 +231,18 @@ class SparseCategoricalCrossentropy(_Loss):
         axis: int = -1,
         name: str | None = "sparse_categorical_crossentropy",
         dtype: Any = None,
+        process_group: Any = None,
+        class_group: Any = None,
     ) -> None:
         super().__init__()
+        self.class_group = class_group
         self.from_logits = from_logits
         self.ignore_class = ignore_class
         self.reduction = reduction
         self.axis = axis
         self.name = name
         self.dtype = dtype
+        self.process_group = process_group
 
     def _prepare(
         self,
@@ -238,6 +252,7 @@ class SparseCategoricalCrossentropy(_Loss):
         mask: ArrayLike | None,
         dtype: torch.dtype | None,
     ) -> Samples:
+        shard = self._shard(y_pred)
         return prepare(
             y_true,
             y_pred,
@@ -247,10 +262,37 @@ class SparseCategoricalCrossentropy(_Loss):
             axis=self.axis,
             ignore_class=self.ignore_class,
             dtype=dtype,
+            classes=None if shard is None else shard.classes,
         )
 
     def _losses(self, samples: Samples) -> Tensor:
-        return row_losses(samples.z, samples.y, samples.counted, samples.clip, samples.in_range)
+        z, y, counted, clip = samples.z, samples.y, samples.counted, samples.clip
+        shard = self._shard(z, -1)
+        if shard is not None:
+            return shard_losses(z, y, counted, clip, shard)
+        return row_losses(z, y, counted, clip, samples.in_range)
+
+    def _shard(self, y_pred: ArrayLike, axis: int | None = None) -> Slice | None:
+        """Which classes this rank has, found when it first has that many."""
+        group = None if self.class_group is None else group_of(self.class_group)
+        if group is None:
+            return None
+        if not isinstance(y_pred, Tensor):
+            raise TypeError(
+                f"y_pred must be a tensor with class_group, got {type(y_pred).__name__}"
+            )
+        size = y_pred.shape[class_axis(self.axis if axis is None else axis, y_pred)]
+        if self._found is None or self._found[1].group is not group:
+            self._found = size, find_slice(size, y_pred.device, group)
+        if self._found[0] != size:  # only this rank knows, so it must not ask the others again
+            raise ValueError(
+                f"y_pred must always have as many classes with class_group, {self._found[0]} on "
+                f"this rank, got {size}: make another loss on all ranks"
+            )
+        return self._found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name != "_found"}
 
 
 class CategoricalCrossentropy(_Loss):
@@ -265,7 +307,7 @@ class CategoricalCrossentropy(_Loss):
         label_smoothing: how much of each target is spread evenly over the classes, from 0 to 1:
             y becomes y * (1 - label_smoothing) + label_smoothing / C.
         axis: the class axis of targets and predictions.
-        reduction, name, dtype: as for `SparseCategoricalCrossentropy`.
+        reduction, name, dtype, process_group: as for `SparseCategoricalCrossentropy`.
 
     The call is `loss(y_true, y_pred, sample_weight=None, mask=None)`. Targets have `y_pred`'s shape
     and any real dtype. They need not sum to 1, and get a gradient if they require one. Shapes do
@@ -298,6 +340,7 @@ class CategoricalCrossentropy(_Loss):
         reduction: str | None = "sum_over_batch_size",
         name: str | None = "categorical_crossentropy",
         dtype: Any = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.from_logits = from_logits
@@ -306,6 +349,7 @@ class CategoricalCrossentropy(_Loss):
         self.reduction = reduction
         self.name = name
         self.dtype = dtype
+        self.process_group = process_group
 
     def _prepare(
         self,
@@ -343,5 +387,7 @@ class _Criterion(nn.Module):
         target: ArrayLike,
         sample_weight: ArrayLike | None = None,
         mask: ArrayLike | None = None,
+        denominator: ArrayLike | None = None,
     ) -> Tensor:
-        return self.loss(target, input, sample_weight, mask)
+        given = {} if denominator is None else {"denominator": denominator}
+        return self.loss(target, input, sample_weight, mask, **given)

@@ -230,7 +230,7 @@ class _Mean(Metric):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """A metric with these options: our own `get_config()`, or that of a Keras metric."""
-        return cls(**options_in(config, cls, _Mean))
+        return cls(**options_in(config, cls, family_class(cls, _Mean)))
 
     def extra_repr(self) -> str:
         # Not self.get_config(): a subclass may have given it other keys.

@@ -1,14 +1,17 @@
 """Parses options, and converts them to and from configs."""
 
+import copy
 import inspect
 import numbers
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Parser = Callable[[Any], Any]
 
 MEANS = ("sum_over_batch_size", "mean", "auto")
 REDUCTIONS = (*MEANS, "sum", "mean_with_sample_weight", "none", None)
@@ -46,6 +49,23 @@ def parse_smoothing(label_smoothing: Any) -> float:
     if not 0 <= float(label_smoothing) <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     return float(label_smoothing)
+
+
+def parse_softcap(logit_softcap: Any) -> float | None:
+    if logit_softcap is None:
+        return None
+    if isinstance(logit_softcap, bool) or not isinstance(logit_softcap, numbers.Real):
+        raise TypeError(f"logit_softcap must be a positive number or None, got {logit_softcap!r}")
+    if not 0 < float(logit_softcap) < float("inf"):
+        raise ValueError(f"logit_softcap must be a positive number, got {logit_softcap!r}")
+    return float(logit_softcap)
+
+
+def parse_chunk_bytes(chunk_bytes: Any) -> int | None:
+    found = None if chunk_bytes is None else _integer("chunk_bytes", chunk_bytes)
+    if found is not None and found < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes!r}")
+    return found
 
 
 def parse_k(k: Any) -> int:
@@ -98,14 +118,75 @@ def parse_dtype(dtype: Any) -> torch.dtype:
     raise error(f"dtype must be None or one of {names}, got {dtype!r}")
 
 
+class WithOptions(nn.Module):
+    """A module whose options are parsed whenever they are set; to and from configs."""
+
+    _options: ClassVar[dict[str, Parser]]  # in the order of the repr
+    _always_shown: ClassVar[str] = ""
+    reduction: str | None
+    dtype: torch.dtype
+    process_group: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parse = self._options.get(name)
+        super().__setattr__(name, value if parse is None else parse(value))
+
+    def get_config(self) -> dict[str, Any]:
+        """The options, as plain values that `from_config` takes.
+
+        Differs from Keras: `dtype` is kept, and for integer labels `axis`.
+
+        >>> from torch_sce import SparseCategoricalCrossentropy
+        >>> SparseCategoricalCrossentropy(axis=1, dtype="float64").get_config()["axis"]
+        1
+        """
+        config = {name: getattr(self, name) for name in self._options}
+        for name in ("process_group", "class_group"):
+            if config.get(name) is not True:  # a group ends with its processes
+                config.pop(name, None)
+        return config | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A loss with these options: our own `get_config()`, or that of a Keras loss.
+
+        What `keras.losses.serialize` returns, a config with the name of its class, is accepted too.
+
+        >>> from torch_sce import SparseCategoricalCrossentropy
+        >>> keras_config = {"name": "sce", "reduction": "sum", "from_logits": True,
+        ...                 "ignore_class": None}
+        >>> SparseCategoricalCrossentropy.from_config(keras_config)
+        SparseCategoricalCrossentropy(from_logits=True, reduction='sum', name='sce')
+        """
+        return cls(**options_in(config, cls, cls.class_of_ours()))
+
+    @classmethod
+    def class_of_ours(cls) -> Any:
+        """The class of this package that this one is or extends."""
+        return next(each for each in cls.__mro__ if "_options" in vars(each))
+
+    def extra_repr(self) -> str:
+        # Not self.get_config(): a subclass may have given it other keys.
+        default = WithOptions.get_config(self.class_of_ours()())
+        config = WithOptions.get_config(self)
+        return shown_options(config, default, self._always_shown)
+
+    def _with(self, **options: Any) -> Self:
+        """A copy that differs in these options, of a subclass with any constructor."""
+        other = copy.copy(self)
+        for name, value in options.items():
+            setattr(other, name, value)
+        return other
+
+
 def family_class(cls: type, base: type) -> Any:
     """The class of ours that `cls` is or extends: the one right below the family's base."""
     return next(each for each in cls.__mro__ if base in each.__bases__)
 
 
-def options_in(config: Any, cls: type, base: type) -> dict[str, Any]:
-    """The options in a config of ours or of Keras, for this class of the family of `base`."""
-    ours, options = family_class(cls, base), config
+def options_in(config: Any, cls: type, ours: type) -> dict[str, Any]:
+    """The options in a config of ours or of Keras, for `cls`, which is or extends `ours`."""
+    options = config
     if isinstance(config, Mapping) and {"class_name", "config"} & set(config):
         name = config.get("class_name", cls.__name__)  # as keras.losses.serialize returns it
         if name not in [cls.__name__, ours.__name__]:
@@ -141,5 +222,5 @@ def _constructor_options(cls: type, ours: type) -> list[str]:
 
 def shown_options(config: dict[str, Any], default: dict[str, Any], always: str = "") -> str:
     """The options that differ from their defaults, and one that is always shown."""
-    shown = (key for key in config if key == always or config[key] != default[key])
+    shown = (key for key in config if key == always or config[key] != default.get(key))
     return ", ".join(f"{key}={config[key]!r}" for key in shown)

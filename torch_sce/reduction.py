@@ -27,12 +27,19 @@ from .options import MEANS
 
 
 def reduce(
-    losses: Tensor, sample_weight: Tensor | None, mask: Tensor | None, reduction: str | None
+    losses: Tensor,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str | None,
+    denominator: Tensor | None = None,
 ) -> Tensor:
     """The reduced value of `losses`, which are already 0 where the mask is 0; see the table above.
 
     `sample_weight` and `mask` broadcast to the losses' shape, the shape of the result for "none".
+    `denominator` takes the place of a mean's own.
     """
+    if denominator is not None:
+        return ratio(weighted(losses, sample_weight, mask, reduction).sum(), denominator)
     if sample_weight is None and mask is None and reduction in MEANS and losses.numel() > 0:
         return losses.mean()
     if reduction in ("none", None):
@@ -42,9 +49,9 @@ def reduce(
         return weighted(losses, sample_weight, mask, reduction).sum() / count
     total, count = numerator_and_denominator(losses, sample_weight, mask, reduction)
     if reduction == "mean_with_sample_weight":
-        return _ratio(total, count)
+        return ratio(total, count)
     # If the mask sums to 0 and yet something counts, a NaN stays NaN, as in Keras.
-    return torch.where(count == 0, total * 0, _ratio(total, count))
+    return torch.where(count == 0, total * 0, ratio(total, count))
 
 
 def weighted(
@@ -67,8 +74,22 @@ def numerator_and_denominator(
     if reduction == "mean_with_sample_weight" and factor is not None:
         unreduced = is_scalar(losses, sample_weight, mask)
         return total, torch.ones_like(total) if unreduced else factor.sum()
-    count = 1 if reduction == "sum" else max(losses.numel(), 1)
-    return total, torch.full_like(total, count)
+    return total, torch.full_like(total, 1 if reduction == "sum" else losses.numel())
+
+
+def factors(
+    losses: Tensor,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str | None,
+    denominator: Tensor | None = None,
+) -> Tensor:
+    """The derivative of the reduced value with respect to each loss, of the losses' shape."""
+    factor = _factor(losses, sample_weight, mask, reduction)
+    factor = losses.new_ones(()) if factor is None else factor
+    if denominator is None:
+        denominator = numerator_and_denominator(losses, sample_weight, mask, reduction)[1]
+    return ratio(factor, denominator.to(losses.dtype)).expand(losses.shape)
 
 
 def example_means(
@@ -143,7 +164,7 @@ def is_scalar(losses: Tensor, weight: Tensor | None, mask: Tensor | None) -> boo
     return losses.ndim == 0 or (losses.ndim == 1 and losses.numel() == 1 and lowest == 0)
 
 
-def _ratio(total: Tensor, divisor: Tensor) -> Tensor:
+def ratio(total: Tensor, divisor: Tensor) -> Tensor:
     """total / divisor, and 0 with gradient 0 where the divisor is 0."""
     is_zero = divisor == 0
     return torch.where(is_zero, 0, total / torch.where(is_zero, 1, divisor))

@@ -56,6 +56,8 @@ def prepare(
     ignore_class: float | None = None,
     dtype: torch.dtype | None = None,
     broadcast: Callable[[str, Tensor, torch.Size], Tensor] | None = None,
+    classes: int | None = None,
+    checks_labels: bool = True,
 ) -> Samples:
     """Labels and predictions, checked, with the positions that count.
 
@@ -64,6 +66,8 @@ def prepare(
         from_logits, axis, ignore_class: options, parsed.
         dtype: the loss's dtype, which predictions are cast to; None for `y_pred`'s own.
         broadcast: the rule for weights and masks; by default that of losses.
+        classes: how many there are, if `y_pred` has a part of them; labels are numbers of these.
+        checks_labels: whether labels must be in their range, where values can be read.
 
     Raises:
         ValueError, TypeError: as the loss says.
@@ -77,12 +81,12 @@ def prepare(
     mask = combine_masks(mask, kept)
     counted = None if mask is None else mask.bool().expand(labels.shape)
     y = class_numbers(labels)
-    in_range = values_can_be_read(labels, counted)
+    in_range = checks_labels and values_can_be_read(labels, counted)
     if in_range:
         if counted is not None:
             counted = None if bool(counted.all()) else counted
             y = y if counted is None else y.masked_fill(~counted, 0)
-        require_classes(labels, y, counted, y_pred.shape[axis], axis)
+        require_classes(labels, y, counted, classes or y_pred.shape[axis], axis)
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z = _classes_last(y_pred, axis)
     return Samples(z, y, counted, kept, weight, mask, clip, in_range)
@@ -119,8 +123,13 @@ def predictions(y_pred: ArrayLike, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return floats(y_pred)
     y_pred = to_tensor("y_pred", y_pred)
-    widens = dtype == torch.float32 and y_pred.dtype in HALVES
-    return y_pred if widens or y_pred.dtype == dtype else y_pred.to(dtype)
+    return y_pred.to(dtype_of_predictions(y_pred.dtype, dtype))
+
+
+def dtype_of_predictions(given: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that predictions of a given one are handed to the kernels in."""
+    widens = dtype == torch.float32 and given in HALVES
+    return given if widens or dtype is None else dtype
 
 
 def _classes_last(x: Tensor, axis: int) -> Tensor:

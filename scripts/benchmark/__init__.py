@@ -18,5 +18,8 @@ read and one write. The least is one move forward, and three moves for both pass
 twice and write the gradient. A copy into a new tensor shows what the first touch of its pages
 costs.
 
+A linear head gets labels, what goes into it, and its weight. It is compared with its products
+alone, not with copies.
+
 A busy case is measured beside a busy process on each core, as data loaders are.
 """

@@ -18,7 +18,17 @@ from torch_sce.crosscheck.command import check_device
 from torch_sce.kernels import native
 
 from . import plots, report, tf_process
-from .cases import CASES, CUDA_CASES, SWEEP, SWEEP_PEERS, TF_KERAS, Case
+from .cases import (
+    CASES,
+    CUDA_CASES,
+    HEAD,
+    HEAD_SWEEP,
+    HEAD_SWEEP_PEERS,
+    SWEEP,
+    SWEEP_PEERS,
+    TF_KERAS,
+    Case,
+)
 from .peers import NAMES, PEERS
 from .results import Result, measure
 
@@ -39,12 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
              "machine": machine(options.device), "versions": versions()}  # fmt: skip
     chosen = CASES if options.device == "cpu" else CUDA_CASES
     if options.busy:
-        chosen += tuple(dataclasses.replace(case, busy=True) for case in chosen)
+        chosen += tuple(
+            dataclasses.replace(case, busy=True) for case in chosen if case.kind != HEAD
+        )
     cases = measure_all(chosen, options.peers, options)
     if TF_KERAS in options.peers:
         about["versions"] |= tf_process.measure(cases, options)
-    sweep = measure_all(SWEEP, [name for name in SWEEP_PEERS if name in options.peers], options)
-    options.json.write_text(report.to_json(about | {"cases": cases, "sweep": sweep}))
+    sweep, heads = (
+        measure_all(asked, [name for name in peers if name in options.peers], options)
+        for asked, peers in ((SWEEP, SWEEP_PEERS), (HEAD_SWEEP, HEAD_SWEEP_PEERS))
+    )
+    measured = {"cases": cases, "sweep": sweep, "heads": heads}
+    options.json.write_text(report.to_json(about | measured))
     where = (
         f"{about['machine'].get('gpu', about['machine']['cpu'])}, {options.threads} threads, "
         f"{'with' if native else 'without'} native kernels"
@@ -52,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.print_all(where, cases, sweep)
     plots.draw_speed(options.plots / "benchmark-speed.png", cases, where)
     plots.draw_classes(options.plots / "benchmark-classes.png", sweep, where)
+    plots.draw_heads(options.plots / "benchmark-heads.png", heads, where)
     return 0
 
 
@@ -77,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--quick", action="store_true", help="fewer shapes, fewer rounds, no tf.keras")
     add("--busy", action="store_true",
-        help="measure every case again, beside a busy process on each core")  # fmt: skip
+        help="measure every case but heads again, beside a busy process on each core")  # fmt: skip
     add(
         "--peers", metavar="NAME[,NAME]", default=NAMES, type=_names,
         help=f"what to compare with, by default all: {', '.join(NAMES)}",
@@ -85,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=2, help="of the CPU (%(default)s)")
     add("--json", type=Path, metavar="FILE", default=Path("benchmark.json"), help="(%(default)s)")
     add("--plots", type=Path, metavar="FOLDER", default=Path("."),
-        help="for benchmark-speed.png and benchmark-classes.png (%(default)s)")  # fmt: skip
+        help="for benchmark-speed.png, -classes.png and -heads.png (%(default)s)")  # fmt: skip
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -129,7 +146,15 @@ def machine(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch-sce", "torch", "numpy", "keras", "tensorflow", "liger-kernel"):
+    for package in (
+        "torch-sce",
+        "torch",
+        "numpy",
+        "keras",
+        "tensorflow",
+        "liger-kernel",
+        "cut-cross-entropy",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -12,7 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cases import COMPILED, CROSS_ENTROPY, OF_LOG, OURS, PROBABILITIES, SWEEP_ELEMENTS
+from .cases import (
+    COMPILED,
+    CROSS_ENTROPY,
+    HEAD,
+    LINEAR,
+    LOGITS,
+    OF_LOG,
+    OURS,
+    PROBABILITIES,
+    SWEEP_ELEMENTS,
+)
 from .measuring import BOTH, FORWARD, PASSES
 from .results import Result
 
@@ -20,6 +30,7 @@ from .results import Result
 # labels are integers.
 MEMORY_LIMITS = {FORWARD: 0.05, BOTH: 1.05}
 MANY_CLASSES = 1000
+UNFUSED = {LOGITS: CROSS_ENTROPY, PROBABILITIES: OF_LOG, HEAD: LINEAR}  # whose memory is shown
 NOTICED = 0.1  # cores that others use; from here on a table says so
 
 
@@ -83,15 +94,16 @@ def print_memory(console: Console, results: Sequence[Result]) -> None:
     limits = ", ".join(f"{which} {limit}" for which, limit in MEMORY_LIMITS.items())
     table = Table(
         title="Peak memory in units of the predictions' size, without them; forward is without "
-        f"grad. Our limits, {limits}, are for {MANY_CLASSES} classes or more and integer labels. A "
-        "dash is not measured.",
+        "grad. Of a head: in units of the logits' size, without inputs and gradients; and for "
+        f"F.cross_entropy {LINEAR}. Our limits, {limits}, are for {MANY_CLASSES} classes or more, "
+        "integer labels and given predictions. A dash is not measured.",
         title_justify="left",
     )
     table.add_column("", overflow="fold")
     for column in (f"{which},\n{who}" for which in PASSES for who in ("ours", "F.cross_entropy")):
         table.add_column(column, justify="right")
     for result in results:
-        theirs = OF_LOG if result.case.kind == PROBABILITIES else CROSS_ENTROPY
+        theirs = UNFUSED[result.case.kind]
         memory = [memory_cell(result, name, which) for which in PASSES for name in (OURS, theirs)]
         table.add_row(escape(result.case.name), *memory)
     console.print(table)
@@ -99,7 +111,7 @@ def print_memory(console: Console, results: Sequence[Result]) -> None:
 
 def memory_cell(result: Result, name: str, which: str) -> str:
     peak, case = result.peak(name, which), result.case
-    limited = name == OURS and case.classes >= MANY_CLASSES and not case.soft
+    limited = name == OURS and case.kind != HEAD and case.classes >= MANY_CLASSES and not case.soft
     if limited and peak > MEMORY_LIMITS[which]:
         return f"[red]above {peak:.2f}[/]"
     return number_cell(peak, ".2f")

@@ -13,11 +13,16 @@ from .cases import (
     COMPILED,
     CROSS_ENTROPY,
     FRESH_MOVES,
+    FUSED,
+    HEAD,
     LIGER,
+    LINEAR,
     MOVES,
     OF_LOG,
     OURS,
+    PRODUCTS,
     Case,
+    head,
     labels,
     predictions,
 )
@@ -31,11 +36,11 @@ from .measuring import (
     peak_memory,
     seconds_and_others,
 )
-from .peers import CANDIDATES, Loss
+from .peers import CANDIDATES, forward_and_backward, products
 
 COPY, AT_HAND, FRESH = "copy", "at hand", "fresh"
 MEASURABLE = 10e6  # bytes; for less, the allocator's own memory hides the peak
-MEMORY_OF = (OURS, CROSS_ENTROPY, OF_LOG, COMPILED)
+MEMORY_OF = (OURS, CROSS_ENTROPY, OF_LOG, COMPILED, LINEAR, FUSED)
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Result:
     # Seconds of each measurement, by candidate and pass; of COPY by kind.
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     # Peaks over the predictions in units of their size; "forward" is without grad. None if busy.
+    # Of a head over what is given and the gradients, in units of the logits' size.
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -86,36 +92,47 @@ class Result:
 def measure(case: Case, peers: Sequence[str], device: str, effort: Effort) -> Result:
     """Ours and these peers on a case."""
     result = Result(case)
-    y_true, y_pred = labels(case).to(device), predictions(case, device)
-    calls: dict[tuple[str, str], Call] = {
-        (COPY, AT_HAND): partial(torch.empty_like(y_pred).copy_, y_pred),
-        (COPY, FRESH): y_pred.clone,
-    }
+    y_true = labels(case).to(device)
+    given = head(case, device) if case.kind == HEAD else (predictions(case, device),)
+    calls = references(*given)
     for name in (OURS, *peers):
         # Liger writes the gradient over its input, and from the second call on reads that; it
         # takes as long.
-        leaf = (y_pred.clone() if name == LIGER else y_pred.detach()).requires_grad_()
+        leaves = [(x.clone() if name == LIGER else x.detach()).requires_grad_() for x in given]
         try:
             loss = CANDIDATES[name](case, device)
             if loss is None:
                 continue
-            result.losses[name] = loss(y_true, leaf).item()
-            forward_and_backward(loss, y_true, leaf)
+            result.losses[name] = loss(y_true, *leaves).item()
+            forward_and_backward(loss, y_true, *leaves)
         except Exception as error:
             if name == OURS:
                 raise
             result.missing[name] = reason(error)
             continue
-        calls[name, FORWARD] = partial(loss, y_true, leaf)
-        calls[name, BOTH] = partial(forward_and_backward, loss, y_true, leaf)
+        calls[name, FORWARD] = partial(loss, y_true, *leaves)
+        calls[name, BOTH] = partial(forward_and_backward, loss, y_true, *leaves)
     with busy_cores(case.busy):
         result.seconds, result.others = seconds_and_others(calls, device, effort)
-    add_moves(result.seconds, device)
-    for name in result.seconds if y_pred.nbytes >= MEASURABLE and not case.busy else ():
+    if COPY in result.seconds:
+        add_moves(result.seconds, device)
+    size = math.prod(case.shape) * given[0].itemsize
+    without = {FORWARD: 0, BOTH: sum(x.nbytes for x in given) if case.kind == HEAD else 0}
+    for name in result.seconds if size >= MEASURABLE and not case.busy else ():
         if name in MEMORY_OF:
             peaks = {which: peak_memory(calls[name, which], device, which) for which in PASSES}
-            result.memory[name] = {w: p / y_pred.nbytes for w, p in peaks.items() if p is not None}
+            result.memory[name] = {
+                w: (p - without[w]) / size for w, p in peaks.items() if p is not None
+            }
     return result
+
+
+def references(*given: Tensor) -> dict[tuple[str, str], Call]:
+    """Copies of the predictions, or the products of a head."""
+    if len(given) == 1:
+        copy = torch.empty_like(given[0]).copy_
+        return {(COPY, AT_HAND): partial(copy, given[0]), (COPY, FRESH): given[0].clone}
+    return {(PRODUCTS, which): partial(products, *given, which) for which in PASSES}
 
 
 def add_moves(seconds: dict[str, dict[str, list[float]]], device: str) -> None:
@@ -125,13 +142,6 @@ def add_moves(seconds: dict[str, dict[str, list[float]]], device: str) -> None:
     for name, kind in ((MOVES, AT_HAND), (FRESH_MOVES, FRESH))[: 2 if device == "cpu" else 1]:
         both = [read + copy for read, copy in zip(reads, seconds[COPY][kind], strict=True)]
         seconds[name] = {FORWARD: reads, BOTH: both}
-
-
-def forward_and_backward(loss: Loss, y_true: Tensor, leaf: Tensor) -> Tensor | None:
-    """The gradient; the next call finds none."""
-    loss(y_true, leaf).backward()
-    gradient, leaf.grad = leaf.grad, None
-    return gradient
 
 
 def reason(error: Exception) -> str:

@@ -7,6 +7,7 @@
     live          runs tf.keras, or another Keras, in a separate process (worker)
     recorded      tf.keras's recorded answers, for machines without TensorFlow
     reference     tf.keras's rules in float64: the right answer; reference_metrics: of metrics
+    heads         the same, with bounds, of a loss with a linear head
     bounds        how far rounding may carry an answer from it
     differences   the rows in which we differ from tf.keras on purpose
     compare       judges a case: agrees, differs on purpose, or mismatch

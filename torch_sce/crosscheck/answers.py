@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from .cases import Batch, Case
+from .cases import Batch, Case, Head
 
 FLOAT64 = "float64"  # the oracle without a Keras: only the rules of `reference`
 
@@ -19,7 +19,7 @@ class OracleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A value and its gradients with respect to y_pred and to targets, or an error.
+    """A value and its gradients with respect to y_pred, to targets and to a head, or an error.
 
     The value of a metric is its results after each update. Half-precision results are stored in
     float32; the dtype's name says what they were. For a large recorded gradient only some entries
@@ -32,6 +32,10 @@ class Answer:
     gradient_dtype: str | None = None
     target_gradient: np.ndarray | None = None
     target_gradient_dtype: str | None = None
+    weight_gradient: np.ndarray | None = None  # of a head
+    weight_gradient_dtype: str | None = None
+    bias_gradient: np.ndarray | None = None
+    bias_gradient_dtype: str | None = None
     error: str | None = None
     message: str = ""
     gradient_places: np.ndarray | None = None
@@ -48,6 +52,8 @@ def ours(case: Case, device: str = "cpu", package: ModuleType | None = None) -> 
     if package is None:
         import torch_sce as package
     try:
+        if case.head is not None:
+            return _loss_of_head(case, case.head, device, package)
         if case.is_loss:
             return _loss(case, device, package)
         if case.form == "function":
@@ -74,10 +80,43 @@ def _loss(case: Case, device: str, package: ModuleType) -> Answer:
         loss = getattr(package, case.name)(**case.options)
         mask = None if case.mask is None else _tensor(case.mask, device)
         value = loss(y_true, y_pred, sample_weight=case.sample_weight, mask=mask)
-    if value.requires_grad:
-        upstream = torch.tensor(case.upstream[: value.numel()], device=device)
-        value.backward(upstream.reshape(value.shape).to(value.dtype))
+    _backward(value, case)
     return _answer(value=value.detach(), gradient=x.grad, target_gradient=t.grad)
+
+
+def _loss_of_head(case: Case, head: Head, device: str, package: ModuleType) -> Answer:
+    """The loss in chunks, of the inputs, weight and bias of the head.
+
+    Raises:
+        RuntimeError: the call has changed one of these.
+    """
+    arrays = [case.y_pred, head.weight, *([] if head.bias is None else [head.bias])]
+    given = [_of_dtype(array, case.y_pred_dtype, device, head.transposed) for array in arrays]
+    before = [tensor.clone() for tensor in given]
+    for tensor in given:
+        tensor.requires_grad_()
+    options = {key: case.options[key] for key in case.options if key not in ("from_logits", "axis")}
+    options |= {"logit_softcap": head.softcap, "chunk_bytes": head.chunk_bytes}
+    y_true = _tensor(case.y_true, device)
+    if case.form == "function":
+        value = getattr(package, f"linear_{case.function}")(y_true, *given, **options)
+    else:
+        loss = getattr(package, f"Linear{case.name}")(**options)
+        mask = None if case.mask is None else _tensor(case.mask, device)
+        value = loss(y_true, *given, sample_weight=case.sample_weight, mask=mask)
+    _backward(value, case)
+    for name, tensor, copy in zip(("hidden", "weight", "bias"), given, before, strict=False):
+        if not torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num()):
+            raise RuntimeError(f"the call has changed {name}")
+    parts = ("gradient", "weight_gradient", "bias_gradient")
+    gradients = {part: tensor.grad for part, tensor in zip(parts, given, strict=False)}
+    return _answer(value=value.detach(), **gradients)
+
+
+def _backward(value: torch.Tensor, case: Case) -> None:
+    if value.requires_grad:
+        upstream = torch.tensor(case.upstream[: value.numel()], device=value.device)
+        value.backward(upstream.reshape(value.shape).to(value.dtype))
 
 
 def _metric(case: Case, device: str, package: ModuleType) -> Answer:
@@ -108,8 +147,15 @@ def _answer(**parts: torch.Tensor | None) -> Answer:
 
 
 def _tensors(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    y_pred = torch.tensor(batch.y_pred, device=device).to(getattr(torch, batch.y_pred_dtype))
+    y_pred = _of_dtype(batch.y_pred, batch.y_pred_dtype, device)
     return _tensor(batch.y_true, device), y_pred
+
+
+def _of_dtype(array: np.ndarray, dtype: str, device: str, transposed: bool = False) -> torch.Tensor:
+    """The array as a tensor; `transposed`: the first axis is contiguous, not the last."""
+    tensor = torch.tensor(array, device=device).to(getattr(torch, dtype))
+    axes = range(tensor.ndim - 1, -1, -1)
+    return tensor.permute(*axes).contiguous().permute(*axes) if transposed else tensor
 
 
 def _tensor(array: np.ndarray, device: str) -> torch.Tensor:

@@ -57,6 +57,8 @@ class Expected(Right):
     gradient_scale: np.ndarray | None = None
     gradient_size: np.ndarray | None = None
     target_gradient_scale: np.ndarray | None = None
+    weight_gradient_scale: np.ndarray | None = None
+    bias_gradient_scale: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from .answers import FLOAT64, Answer, OracleError, our_versions, ours
 from .cases import Case
 from .compare import MISMATCH, Verdict, differs, judge, reference
-from .draw import draw
+from .draw import draw, with_head
 from .live import TARGET, LiveOracle
 from .recorded import RecordedOracle
 from .tally import Ranges, Tally, gaps
@@ -93,10 +93,11 @@ def opened(plan: Plan) -> Iterator[Oracles]:
 
 
 def compare(plan: Plan, oracles: Oracles, block: Block) -> Iterator[Compared]:
-    """The cases of a block that the filters keep, one after the other."""
-    cases = (draw(block.seed, index) for index in range(block.start, block.stop))
+    """The cases of a block that the filters keep and all oracles can answer, one by one."""
+    cases = drawn(block.seed, range(block.start, block.stop))
     cases = (case for case in cases if is_kept(case, plan.filters))
     asked = [each for each in (oracles.target, oracles.other) if each is not None]
+    cases = (case for case in cases if all(each.can_answer(case) for each in asked))
     copies: list[Iterator[Case]] = []
     if asked:  # it reads ahead, and computes while we do
         cases, *copies = tee(cases, 1 + len(asked))
@@ -113,6 +114,16 @@ def _verdict(case: Case, keras: Answer | None, mine: Answer, poisons: bool) -> V
         return judge(case, keras, mine, poisons)
     except Exception as error:
         return Verdict(case, MISMATCH, f"unknown: judging raises {type(error).__name__}: {error}")
+
+
+def drawn(seed: int, indices: Iterable[int]) -> Iterator[Case]:
+    """The cases of these numbers: each as drawn and, if it is possible, with a linear head."""
+    for index in indices:
+        case = draw(seed, index)
+        yield case
+        headed = with_head(case)
+        if headed is not None:
+            yield headed
 
 
 def names(case: Case) -> set[str]:

@@ -1,6 +1,6 @@
 """What a case is: one call of a loss or of a function, or some updates of a metric.
 
-`draw` makes them at random.
+`draw` makes them at random. A case of a loss may have a linear head, which makes its predictions.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from .bits import Bits
 
 SCRIPT = ("python", "scripts/cross_check.py")
 LOSSES = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
+OF_A_HEAD = "LinearSparseCategoricalCrossentropy"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class Batch:
     y_pred_dtype: str
     sample_weight: Any = None
     mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head that makes the logits of a loss from `y_pred`, which holds its inputs."""
+
+    weight: np.ndarray  # (C, H), of the inputs' dtype
+    bias: np.ndarray | None  # (C,)
+    softcap: float | None
+    chunk_bytes: int | None
+    transposed: bool  # inputs and weight are views whose first axis is contiguous
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Case:
     upstream: np.ndarray  # what the value is multiplied by before differentiation, one per loss
     features: dict[str, str]
     more: tuple[Batch | None, ...] = ()  # further updates of a metric; None: a reset
+    head: Head | None = None
 
     @property
     def y_true(self) -> np.ndarray:
@@ -82,6 +95,12 @@ class Case:
         return self.name in LOSSES and self.form != "metric"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the predictions, those that a head makes if there is one."""
+        head, shape = self.head, self.y_pred.shape
+        return shape if head is None else (*shape[:-1], len(head.weight))
+
+    @property
     def function(self) -> str:
         return re.sub(r"(?<!^)(?=[A-Z])", "_", self.name).lower()
 
@@ -107,6 +126,8 @@ class Case:
         parts: list[Any] = [self.upstream]
         for batch in self.steps:
             parts += [None] if batch is None else vars(batch).values()
+        if self.head is not None:
+            parts += vars(self.head).values()
         for part in parts:
             array = np.asarray(np.nan if part is None else part)
             digest.update(f"{part is None}{array.dtype.str}{array.shape}".encode())

@@ -20,13 +20,13 @@ from .campaign import (
     Plan,
     Workers,
     blocks,
+    drawn,
     interruptible,
     is_kept,
     names,
     source,
 )
 from .compare import MISMATCH
-from .draw import draw
 from .live import LIVE, TARGET
 from .recorded import RECORDED, RecordedOracle, record
 from .results import Results, Setting, resume, save
@@ -157,8 +157,7 @@ def _check_filters(parser: argparse.ArgumentParser, options: argparse.Namespace)
         return
     known: set[str] = set()
     for seed in _seeds(options):
-        for index in range(options.cases):
-            case = draw(seed, index)
+        for case in drawn(seed, range(options.cases)):
             if is_kept(case, options.filter):
                 return
             known |= names(case)
@@ -193,17 +192,19 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: 
     if _count(results.tally.finished) < _asked(options):
         return _interrupted(options, console, results)
     if options.record is not None:
+        recorded = [each for each in seen if each.keras and each.verdict.case.head is None]
         cases, answers = (
-            [each.verdict.case for each in seen],
-            [each.keras for each in seen if each.keras],
+            [each.verdict.case for each in recorded],
+            [each.keras for each in recorded if each.keras],
         )
         record(options.record, cases, answers, comparing.versions["target"])
         console.print(f"Recorded {len(cases)} answers in {options.record}", highlight=False)
     if options.case is None:
         report.print_tables(console, results)
     else:
-        text = report.details(seen[0].verdict, seen[0].keras, seen[0].ours)
-        console.print(text, highlight=False)
+        for each in seen:  # the case, and the one with a head
+            text = report.details(each.verdict, each.keras, each.ours)
+            console.print(text, highlight=False)
     if comparing.versions["other"]:
         other = comparing.versions["other"]
         report.print_comparison(console, options.oracle, other, results.tally)

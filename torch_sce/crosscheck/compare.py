@@ -9,11 +9,12 @@ from .answers import Answer
 from .bounds import LEAST, UNIT, Expected, expected
 from .cases import Case, command
 from .differences import DIFFERENCES, Disagreement
+from .heads import expected_of_head
 from .reference import LARGEST, Refused, overflowed
 from .reference_metrics import expected_metric
 
 AGREES, DELIBERATE, MISMATCH = "agrees", "deliberate", "mismatch"
-GRADIENTS = ("gradient", "target_gradient")
+GRADIENTS = ("gradient", "target_gradient", "weight_gradient", "bias_gradient")
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def judge_against(
 
 def reference(case: Case, poisons: bool = False) -> tuple[Expected | None, str]:
     """The right answer, or None and the name of the rule for which the case is refused."""
+    rules = expected if case.is_loss else expected_metric
     try:
-        return (expected if case.is_loss else expected_metric)(case, poisons), ""
+        return (rules if case.head is None else expected_of_head)(case, poisons), ""
     except Refused as refusal:
         return None, str(refusal)
 
@@ -110,6 +112,7 @@ def differs_from_reference(ours: Answer, right: Expected | None, case: Case) -> 
             # Predictions are cast to the loss's dtype, targets to the one rows are computed in.
             halves = part == "target_gradient" and right.dtype in ("float16", "bfloat16")
             through = "float32" if halves else right.dtype
+            through = through if case.head is None else dtype  # products are in this one
             parts[part] = overflowed(overflowed(gradient, through), dtype)
             parts[f"{part}_dtype"] = dtype
     wanted = Answer(overflowed(right.value, right.dtype), right.dtype, **parts)
@@ -168,9 +171,9 @@ def _worst(a: np.ndarray, b: np.ndarray) -> str:
 def _errors(
     case: Case, keras: Answer | None, ours: Answer, right: Expected | None
 ) -> dict[str, float]:
-    """Errors against the float64 answer, for losses in float32 that have one."""
+    """Errors against the float64 answer, for losses in float32 that have one and no head."""
     plain = case.is_loss and case.loss_dtype == case.y_pred_dtype == "float32"
-    if right is None or not plain:
+    if right is None or not plain or case.head is not None:
         return {}
     found = {}
     for who, answer in {"ours": ours, "Keras": keras}.items():

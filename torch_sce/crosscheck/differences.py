@@ -91,17 +91,20 @@ def _function_of_halves(case: Case) -> bool:
 def _something_is_masked(found: Disagreement) -> bool:
     if not any(_hides(found.case, batch) for batch in found.case.steps if batch is not None):
         return False
-    parts = (found.keras.value, found.keras.gradient, found.keras.target_gradient)
+    gradients = ("gradient", "target_gradient", "weight_gradient")
+    parts = (getattr(found.keras, part) for part in ("value", *gradients))
     has_nan = any(part is not None and np.isnan(part).any() for part in parts)
     return has_nan or found.keras.error is not None
 
 
 def _hides(case: Case, batch: Batch) -> bool:
-    """Whether a mask has zeros, or weights of ignored labels may be NaN."""
+    """Whether a mask has zeros, or weights or rows of a head with an ignored label may be NaN."""
     if batch.mask is not None and not np.all(batch.mask):
         return True
     ignored, weight = case.options.get("ignore_class"), batch.sample_weight
-    if ignored is None or weight is None or np.isfinite(np.asarray(weight, np.float64)).all():
+    multiplied = [] if weight is None else [np.asarray(weight, np.float64)]
+    multiplied += [] if case.head is None else [batch.y_pred]
+    if ignored is None or all(np.isfinite(values).all() for values in multiplied):
         return False
     return bool((batch.y_true == ignored).any())
 
@@ -137,7 +140,7 @@ def _two_trailing_ones(case: Case) -> bool:
 
 
 def _there_is_one_class(case: Case) -> bool:
-    one = case.y_pred.shape[-1:] == (1,) or case.y_pred.ndim == 1 < case.y_true.ndim
+    one = case.shape[-1:] == (1,) or len(case.shape) == 1 < case.y_true.ndim
     return case.is_loss and case.is_sparse and one
 
 
@@ -256,7 +259,8 @@ DIFFERENCES = (
     ),
     Difference(
         "masked values",
-        "predictions, labels and weights where a mask is 0; a weight whose label is ignored",
+        "predictions, labels and weights where a mask is 0; a weight, and a row that goes into a "
+        "linear head, whose label is ignored",
         "NaN * 0 = NaN; a label outside `[0, C)` raises",
         "not read: they contribute exactly 0, gradient exactly 0; labels may have any value",
         None,

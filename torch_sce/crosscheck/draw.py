@@ -13,16 +13,18 @@ huge values are drawn most often for these.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .bits import Bits
-from .cases import LOSSES, Batch, Case, one_hot, pick_weights, to_bfloat16
+from .cases import LOSSES, OF_A_HEAD, Batch, Case, Head, one_hot, pick_weights, to_bfloat16
 from .draw_metrics import draw_metric
 
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", "none", None)
 LARGE = 2**18 + 1  # predictions: more than any threshold of the CPU's kernels
+MOST_LOGITS = 2**20  # of a head
 OUTLIERS = (10.0, 30.0, 100.0, 300.0, 1e4, 1e6, 1e10, 1e20, 1e30)
 LARGE_SIZES = ("large", "very many classes")
 LABEL_DTYPES = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool")
@@ -78,6 +80,90 @@ def _loss(bits, seed: int, index: int, name: str) -> Case:
         matched = len(y_true) if (y_true.ndim, y_pred.ndim) == (2, 1) else 0
         upstream = np.resize(upstream, max(losses, matched, 1))
     return Case(seed, index, name, form, options, batch, as_lists, upstream, features)
+
+
+def with_head(case: Case) -> Case | None:
+    """The case of a loss of integer labels with a head that makes its logits; None for any other.
+
+    Labels, weights, mask, options and upstream are the case's. The largest cases have no head.
+    """
+    if not (case.is_loss and case.is_sparse and case.y_pred.size < MOST_LOGITS):
+        return None
+    bits = Bits(case.seed, case.index, 1)
+    features = case.features | {"loss": OF_A_HEAD, "predictions are": "logits"}
+    for name in ("axis", "given as"):
+        features.pop(name)
+    axis = case.options["axis"] if case.features["axis"] == "other" else -1
+    *before, classes = np.moveaxis(case.y_pred, axis, -1).shape
+    x, weight, bias = _hidden_and_weights(bits, features, case, tuple(before), classes)
+    dtype = features["dtype of y_pred"] = _dtype_of_head(case)
+    with np.errstate(all="ignore"):
+        x, weight, bias = (_rounded(each, dtype) for each in (x, weight, bias))
+    softcap = bits.pick({None: 12, 5.0: 2, 30.0: 4, 0.5: 1})
+    features["logit_softcap"] = str(softcap)
+    size = np.dtype("float32" if dtype == "bfloat16" else dtype).itemsize
+    row = (classes + 2 * x.shape[-1]) * size
+    chunk_bytes = _chunk_bytes(bits, features, math.prod(before), row)
+    transposed = bits.chance(0.3)
+    features["layout"] = "transposed" if transposed else "contiguous"
+    head = Head(weight, bias, softcap, chunk_bytes, transposed)
+    batch = Batch(case.y_true, x, dtype, case.sample_weight, case.mask)
+    options = case.options | {"from_logits": True, "axis": -1}
+    return replace(case, options=options, batch=batch, as_lists=False, features=features, head=head)
+
+
+def _hidden_and_weights(
+    bits, features, case: Case, before: tuple[int, ...], classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The inputs (..., H), the weight (C, H) and the bias (C,) of a head."""
+    large = _is_large(features)
+    low, high = bits.pick({(1, 9): 6, (1, 2): 1, (2, 9) if large else (16, 80): 3})
+    width = bits.integer(low, high)
+    kind = bits.pick({"normal": 10, "wide": 3, "zeros": 1, "with nan": 1, "nan under the mask": 2})
+    features["values"] = kind
+    x, weight = bits.normal((*before, width)), bits.normal((classes, width))
+    weight *= (4.0 if kind == "wide" else 1.0) / (1 if width < 9 else 4)
+    if kind == "zeros":
+        x = np.zeros_like(x)
+    elif kind == "with nan":
+        x = np.where(bits.flags(0.1, (*before, 1)), np.nan, x)
+    elif kind == "nan under the mask" and case.mask is not None and case.mask.shape == before:
+        x = np.where((case.mask == 0)[..., None], np.nan, x)
+    values = bits.pick({"none": 10, "normal": 6, "with an offset": 3, "with -inf": 2})
+    features["bias"] = values
+    if values == "none":
+        return x, weight, None
+    bias = bits.normal((classes,))
+    if values == "with an offset":
+        bias = bias + bits.choice([22.0, -36.0])
+    elif values == "with -inf":
+        bias = np.where(bits.flags(0.15, (classes,)), -np.inf, bias)
+    return x, weight, bias
+
+
+def _dtype_of_head(case: Case) -> str:
+    """That of the predictions; float16 only if no gradient is too large or too small for it."""
+    scaled = {case.features["upstream"], case.features.get("values of sample_weight")}
+    if case.y_pred_dtype == "float16" and scaled & {"tiny", "huge", "tiny or huge"}:
+        return "float32"
+    return "float32" if case.y_pred_dtype == "int32" else case.y_pred_dtype
+
+
+def _rounded(values: np.ndarray | None, dtype: str) -> Any:
+    if values is None:
+        return None
+    return to_bfloat16(values.astype(np.float32)) if dtype == "bfloat16" else values.astype(dtype)
+
+
+def _chunk_bytes(bits, features, rows: int, size: int) -> int | None:
+    """For chunks of one row, for all in one, or anything between; few if there are many rows."""
+    kinds = {"of one row": 4, "of some rows": 6, "one": 3}
+    if rows > 300:
+        del kinds["of one row"]
+    kind = features["chunks"] = bits.pick(kinds)
+    if kind == "one":
+        return bits.choice([None, 2**40])
+    return 1 if kind == "of one row" else bits.integer(1 + rows * size // 3, 2 + rows * size)
 
 
 def _is_large(features) -> bool:

@@ -42,6 +42,10 @@ class Right:
     gradient_dtype: str = ""
     target_gradient: np.ndarray | None = None
     target_gradient_dtype: str = ""
+    weight_gradient: np.ndarray | None = None  # of a head
+    weight_gradient_dtype: str = ""
+    bias_gradient: np.ndarray | None = None
+    bias_gradient_dtype: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What the cross-check found, for the terminal and as one HTML file."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -9,6 +11,7 @@ from . import page, plots
 from .answers import FLOAT64, Answer
 from .compare import AGREES, MISMATCH, Verdict, reference
 from .differences import DIFFERENCES
+from .reference import Right
 from .results import OUTCOMES, Results, differences, error_lines, lines, sentence
 from .tally import Tally
 
@@ -69,9 +72,14 @@ def details(verdict: Verdict, keras: Answer | None, ours: Answer) -> str:
     case = verdict.case
     right, refused = reference(case)
     options = ", ".join(f"{key}={value!r}" for key, value in case.options.items())
-    lines = [
-        f"{case.form} {case.name}({options}), given as {'lists' if case.as_lists else 'arrays'}"
-    ]
+    given = "lists" if case.as_lists else "arrays"
+    lines = [f"{case.form} {case.name}({options}), given as {given}"]
+    if case.head is not None:
+        lines[0] += ", of a linear head, y_pred @ weight.T + bias"
+        weights = {"weight": case.head.weight, "bias": case.head.bias}
+        lines += [f"{key}, {_array(x, case.y_pred_dtype)}" for key, x in weights.items()]
+        options = {k: v for k, v in vars(case.head).items() if k not in weights}
+        lines.append(", ".join(f"{key} {value}" for key, value in options.items()))
     for batch in case.steps:
         lines += ["reset"] if batch is None else [
             f"y_true, {_array(batch.y_true)}",
@@ -89,16 +97,22 @@ def details(verdict: Verdict, keras: Answer | None, ours: Answer) -> str:
             some = "" if answer.gradient_places is None else ", the recorded entries"
             text = _array(answer.gradient, answer.gradient_dtype)
             lines.append(f"{who}, gradient{some}, {text}")
-            if answer.target_gradient is not None:
-                lines.append(f"{who}, gradient of the targets, {_array(answer.target_gradient)}")
+            lines += _further_gradients(who, answer)
     if right is None:
         lines.append(f"in float64: refused for the {refused}")
     else:
         lines.append(f"in float64, value, {_array(right.value)}")
         lines.append(f"in float64, gradient, {_array(right.gradient)}")
-        if right.target_gradient is not None:
-            lines.append(f"in float64, gradient of the targets, {_array(right.target_gradient)}")
+        lines += _further_gradients("in float64", right)
     return escape("\n".join(lines)) + f"\n[bold]{escape(outcome(verdict))}[/]"
+
+
+def _further_gradients(who: str, answer: Answer | Right) -> Iterator[str]:
+    for what in ("target", "weight", "bias"):
+        gradient = getattr(answer, f"{what}_gradient")
+        if gradient is not None:
+            name = "targets" if what == "target" else what
+            yield f"{who}, gradient of the {name}, {_array(gradient)}"
 
 
 def outcome(verdict: Verdict) -> str:

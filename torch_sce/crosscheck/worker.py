@@ -23,6 +23,9 @@ ENVIRONMENT = {
 }
 
 
+PARTS = ("value", "gradient", "target_gradient", "weight_gradient", "bias_gradient")
+
+
 def load(name: str):
     """(Keras, functions of that backend, versions)."""
     os.environ.update(ENVIRONMENT[name])
@@ -62,19 +65,21 @@ def answer(keras, backend, case: dict) -> dict:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             parts = differentiate(keras, backend, case) if case["is_loss"] else (
-                measure(keras, backend, case), None, None)  # fmt: skip
+                measure(keras, backend, case),)  # fmt: skip
     except Raised as raised:
         error = raised.__cause__
         text = str(error).split("}} ")[-1].splitlines()  # TensorFlow puts the operation first
         return {"error": type(error).__name__, "message": text[0][:300] if text else ""}
     result = {}
-    for part, tensor in zip(("value", "gradient", "target_gradient"), parts, strict=True):
+    for part, tensor in zip(PARTS, parts, strict=False):
         result[part], result[f"{part}_dtype"] = (None, None) if tensor is None else plain(tensor)
     return result
 
 
 def differentiate(keras, backend, case: dict):
-    """A loss's value, and its gradients with respect to the predictions and to the targets."""
+    """A loss's value, and its gradients with respect to the predictions and to the targets; with
+    a head those with respect to its inputs, to nothing, and to its weight and bias.
+    """
     (batch,) = case["steps"]
     # Keras 2's class has no such arguments; at their defaults they need not be named.
     defaults = {"axis": -1, "dtype": None} if case["is_sparse"] else {"dtype": None}
@@ -93,6 +98,8 @@ def differentiate(keras, backend, case: dict):
 
     y_true = batch["y_true"]
     x = backend.tensor(batch["y_pred"], batch["y_pred_dtype"])
+    if case["head"] is not None:
+        return backend.through_dense(keras, value, y_true, x, case["upstream"], **case["head"])
     soft = not case["is_sparse"] and np.issubdtype(y_true.dtype, np.floating)
     t = backend.tensor(y_true, y_true.dtype.name) if soft else backend.labels(y_true)
     return backend.differentiate(value, t, x, case["upstream"], soft)
@@ -163,6 +170,30 @@ class WithTensorflow:
         with keras_speaks():
             gradients = tape.gradient(total, wanted)
         return result, gradients[0], gradients[1] if soft else None
+
+    @staticmethod
+    def through_dense(keras, value, y_true, x, upstream, weight, bias, softcap, **_):
+        """As a model is trained: `Dense` and the loss under a `GradientTape`."""
+        import tensorflow as tf
+
+        with keras_speaks():
+            dense = keras.layers.Dense(len(weight), use_bias=bias is not None, dtype=x.dtype.name)
+            dense.build((None, x.shape[-1]))
+        dense.kernel.assign(tf.cast(tf.constant(weight.T), x.dtype))
+        if bias is not None:
+            dense.bias.assign(tf.cast(tf.constant(bias), x.dtype))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            with keras_speaks():
+                z = dense(x) if x.ndim > 1 else dense(x[None])[0]
+            if softcap is not None:
+                z = tf.cast(z, tf.float32) if x.dtype.size == 2 else z
+                z = softcap * tf.tanh(z / softcap)
+            result = value(y_true, tf.identity(z))
+            total = tf.reduce_sum(result * tf.cast(np.resize(upstream, result.shape), result.dtype))
+        with keras_speaks():
+            dx, dkernel, *dbias = tape.gradient(total, [x, *dense.trainable_variables])
+        return result, dx, None, tf.transpose(tf.convert_to_tensor(dkernel)), *dbias
 
 
 class WithTorch:

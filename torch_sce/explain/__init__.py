@@ -12,19 +12,21 @@ So the contributions add up to the result. The factor is made of the weight and 
 # The private methods of a loss are private to torch_sce.
 # pyright: reportPrivateUsage=false
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arrays import ArrayLike, to_tensor
 from ..functional import sparse_categorical_crossentropy
 from ..kernels import is_traced
-from ..losses import CategoricalCrossentropy, SparseCategoricalCrossentropy, _Loss
-from ..options import MEANS, family_class
+from ..linear import LinearSparseCategoricalCrossentropy, _head, _logits, _options_of
+from ..losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from ..options import MEANS, WithOptions
 from ..reduction import is_scalar, numerator_and_denominator, reduce, weighted
 from ..samples import CLIP, class_numbers
 from .batch import Batch, Finding, Loss, batch_of, in_words
@@ -35,28 +37,35 @@ __all__ = ["Explanation", "Finding", "explain"]
 
 
 def explain(
-    loss: Loss,
+    loss: Loss | LinearSparseCategoricalCrossentropy,
     y_true: ArrayLike,
     y_pred: ArrayLike,
     sample_weight: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    *,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
 ) -> Explanation:
     """What `loss` does with a batch, position by position, and what looks wrong in it.
 
     For people, not for training or `torch.compile`: everything is moved to the host, and the
-    values are read. It also works where the loss raises, and says why.
+    values are read. It also works where the loss raises, and says why. With a `process_group` it
+    is about this rank's batch alone.
 
     Args:
-        loss: a `SparseCategoricalCrossentropy` or `CategoricalCrossentropy`.
+        loss: a `SparseCategoricalCrossentropy`, `CategoricalCrossentropy` or
+            `LinearSparseCategoricalCrossentropy`.
         y_true, y_pred, sample_weight, mask: as in the call `loss(y_true, y_pred, sample_weight,
-            mask)`.
+            mask)`. For a `LinearSparseCategoricalCrossentropy`, `y_pred` is what goes into the
+            head, `hidden`; all of its logits are computed.
+        weight, bias: those of the head, for a `LinearSparseCategoricalCrossentropy` only.
 
     Returns:
         An `Explanation`, which prints as text, is shown as a table in a notebook, and has `plot()`.
 
     Raises:
-        TypeError: a `loss` that is neither of the two, a tensor whose values cannot be read here,
-            such as a DTensor.
+        TypeError: a `loss` that is none of these or has a `class_group`, a head without its
+            `weight`, a tensor whose values cannot be read here, such as a DTensor.
         RuntimeError: inside a transform of `torch.func` or a tracing mode.
 
     >>> loss = SparseCategoricalCrossentropy(from_logits=True)
@@ -76,14 +85,60 @@ def explain(
     Nothing looks wrong.
     """
     _require_loss(loss)
+    _require_weight(loss, weight, bias)
+    if getattr(loss, "class_group", None):
+        raise TypeError(
+            "explain takes whole predictions, and no loss with class_group: gather the slices, and "
+            "pass a loss without it"
+        )
     if is_traced():
         raise RuntimeError(
             "explain reads values, which a transform of torch.func or a tracing mode hides: call "
             "it outside"
         )
-    given = {"y_true": y_true, "y_pred": y_pred, "sample_weight": sample_weight, "mask": mask}
+    is_linear = isinstance(loss, LinearSparseCategoricalCrossentropy)
+    predictions = "hidden" if is_linear else "y_pred"
+    given = {"y_true": y_true, predictions: y_pred, "sample_weight": sample_weight, "mask": mask}
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        return _explained(loss, tuple(_on_host(*each) for each in given.items()))
+        arguments = tuple(_on_host(*each) for each in given.items())
+        if is_linear:
+            return _head_explained(
+                loss, arguments, _on_host("weight", weight), _on_host("bias", bias)
+            )
+        return _explained(loss, arguments)
+
+
+def _head_explained(
+    loss: LinearSparseCategoricalCrossentropy,
+    arguments: tuple[Any, Any, Any, Any],
+    weight: Any,
+    bias: Any,
+) -> Explanation:
+    """As the loss of all logits, which are computed here."""
+    y_true, hidden, sample_weight, mask = arguments
+    try:
+        head = _head(hidden, weight, bias)
+    except (ValueError, TypeError) as error:
+        found = (Finding("a head that does not fit", str(error), ""),)
+        return Explanation(loss, error=f"{type(error).__name__}: {error}", findings=found)
+    of_logits = SparseCategoricalCrossentropy(
+        True, loss.ignore_class, loss.reduction, dtype=loss.dtype
+    )
+    logits = _logits(head, _options_of(loss))
+    found = _explained(of_logits, (y_true, logits, sample_weight, mask))
+    parts = zip(("hidden", "weight", "bias"), head, strict=True)
+    about = ", ".join(f"{name} {_kind(x)}" for name, x in parts if x is not None)
+    product = "hidden @ weight.T" if head.bias is None else "hidden @ weight.T + bias"
+    capped = "" if loss.logit_softcap is None else f", capped at {loss.logit_softcap:g}"
+    findings = found.findings
+    if type(loss).forward is not LinearSparseCategoricalCrossentropy.forward:
+        findings = (*findings, _own_forward(loss, LinearSparseCategoricalCrossentropy))
+    return dataclasses.replace(
+        found,
+        loss=loss,
+        findings=findings,
+        arguments=(f"{about}: y_pred is {product}{capped}", *found.arguments),
+    )
 
 
 def _explained(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Explanation:
@@ -92,7 +147,7 @@ def _explained(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Explanation:
     about = tuple(_in_words(batch)) if batch else ()
     found = tuple(findings(batch)) if batch else ()
     if type(loss).forward is not type(plain).forward:
-        found = (*found, _own_forward(loss, plain))
+        found = (*found, _own_forward(loss, type(plain)))
     nothing_wrong = not any(finding.is_wrong for finding in found)
     try:
         samples = plain._prepare(*arguments, plain.dtype)
@@ -114,7 +169,7 @@ def _explained(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Explanation:
     words = _steps_in_words(*given)
     if nothing_wrong and not value.isfinite().all():
         found = (_not_finite(~contributions.isfinite()), *found)
-    elif nothing_wrong and denominator == 0:
+    elif nothing_wrong and denominator == 0 and losses.numel() > 0:
         found = (_divided_by_0(words[1]), *found)
     table = _table(batch, losses, samples.weight, samples.mask, contributions)
     return Explanation(loss, value, "", table, numerator, denominator, found, about, *words)
@@ -129,15 +184,15 @@ def _contributions(values: Tensor, denominator: float | None, reduction: str | N
 
 def _plain(loss: Loss) -> Loss:
     """A loss with the same options, where `loss` may be of a subclass that has others."""
-    ours = family_class(type(loss), _Loss)
-    return ours(**ours.get_config(loss))
+    ours = loss.class_of_ours()
+    return ours(**ours.get_config(loss) | {"process_group": None})
 
 
-def _own_forward(loss: Loss, plain: Loss) -> Finding:
+def _own_forward(loss: nn.Module, plain: type) -> Finding:
     return Finding(
         "an overridden forward",
         f"{type(loss).__name__} overrides forward: its value may differ from the one shown, "
-        f"which is that of {type(plain).__name__}.",
+        f"which is that of {plain.__name__}.",
         "Look at what its forward changes.",
         is_wrong=False,
     )
@@ -215,7 +270,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _require_loss(loss: Any) -> None:
-    if isinstance(loss, (SparseCategoricalCrossentropy, CategoricalCrossentropy)):
+    if isinstance(loss, WithOptions):
         return
     kind = loss if isinstance(loss, type) else type(loss)
     got = f"{kind.__module__}.{kind.__qualname__}"
@@ -223,9 +278,23 @@ def _require_loss(loss: Any) -> None:
     if isinstance(getattr(loss, "loss", None), Loss):
         hint = ": pass its .loss"
     raise TypeError(
-        "loss must be a torch_sce.SparseCategoricalCrossentropy or CategoricalCrossentropy, got "
-        f"{got}{hint}"
+        "loss must be a torch_sce.SparseCategoricalCrossentropy, CategoricalCrossentropy or "
+        f"LinearSparseCategoricalCrossentropy, got {got}{hint}"
     )
+
+
+def _require_weight(loss: Any, weight: Any, bias: Any) -> None:
+    if isinstance(loss, LinearSparseCategoricalCrossentropy):
+        if weight is None:
+            raise TypeError(
+                "weight must be that of the head, given by name: explain(loss, y_true, hidden, "
+                "weight=head.weight, bias=head.bias)"
+            )
+    elif weight is not None or bias is not None:
+        raise TypeError(
+            f"weight and bias are those of a linear head, which a {type(loss).__name__} does not "
+            "have: pass the weights of positions as sample_weight"
+        )
 
 
 def _on_host(name: str, value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..losses import SparseCategoricalCrossentropy
+from ..linear import LinearSparseCategoricalCrossentropy
+from ..losses import CategoricalCrossentropy
 from .batch import Finding, Loss, in_words
 
 SHOWN = 12  # a longer batch is summarised by this many positions
@@ -36,7 +37,7 @@ class Explanation:
         added, divided_by: what the numerator is the sum of, and what the denominator is, in words.
     """
 
-    loss: Loss
+    loss: Loss | LinearSparseCategoricalCrossentropy
     value: Tensor | None = None
     error: str = ""
     positions: dict[str, np.ndarray] = field(default_factory=dict)
@@ -165,7 +166,7 @@ class Explanation:
         """The header and a row for each position that is shown."""
         keys = {"label": "label", "probability": "p(label)", "rank": "rank", "loss": "loss",
                 "weight": "weight", "mask": "mask", "contribution": "contribution"}  # fmt: skip
-        if isinstance(self.loss, SparseCategoricalCrossentropy):
+        if not isinstance(self.loss, CategoricalCrossentropy):
             keys["loss"] = "-log p"
         for key in ("weight", "mask"):
             if (self.positions[key] == 1).all():

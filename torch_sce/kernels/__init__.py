@@ -28,7 +28,18 @@ from . import aten, cpu, cpu_targets, modes, operators, targets
 from .contract import Clip, Kernels, TargetKernels
 from .cpu import native
 
-__all__ = ["Clip", "are_plain", "native", "row_losses", "target_losses", "whole_rows"]
+__all__ = [
+    "Clip",
+    "are_plain",
+    "kernels_for",
+    "native",
+    "needs_definition",
+    "require_first_derivative",
+    "row_losses",
+    "takes_operators",
+    "target_losses",
+    "whole_rows",
+]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -46,10 +57,10 @@ def row_losses(
     """
     if _is_compiled_for_cpu(z, y, counted):
         return operators.label_losses(z, y, counted, clip)
-    if _needs_plain_operations(z, y, counted):
+    if needs_definition(z, y, counted):
         z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, counted, clip)
-    shape, kernels = y.shape, _kernels(z)
+    shape, kernels = y.shape, kernels_for(z)
     if kernels is cpu:
         return _RowLosses.apply(z, y, counted, clip, in_range, kernels)
     if y.ndim == 0:
@@ -69,7 +80,7 @@ def target_losses(
     """The loss of every row of z for the targets t of its shape: (...) for (..., C)."""
     if _is_compiled_for_cpu(z, t, counted) and _target_kernels(z, t) is cpu_targets:
         return operators.target_losses(z, t, counted, clip, smoothing)
-    if _needs_plain_operations(z, t, counted):
+    if needs_definition(z, t, counted):
         return targets.losses(whole_rows(z), whole_rows(t), counted, clip, smoothing)
     if z.ndim > 1:
         return _TargetLosses.apply(z, t, counted, clip, smoothing, _target_kernels(z, t))
@@ -83,18 +94,24 @@ def _over(operation: Callable[..., Tensor], x: Tensor | None, *arguments: int) -
 
 def _is_compiled_for_cpu(z: Tensor, *others: Tensor | None) -> bool:
     """Whether this becomes part of a compiled graph, with tensors that `cpu` can read."""
+    return torch.compiler.is_compiling() and kernels_for(z) is cpu and takes_operators(z, *others)
+
+
+def takes_operators(*tensors: Tensor | None) -> bool:
+    """Whether a compiled graph may call an operator of this package on these tensors.
+
+    An exported program has the definitions, and so do transforms and forward derivatives.
+    """
     return (
-        torch.compiler.is_compiling()
-        and _kernels(z) is cpu
-        and hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
+        hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
         and not torch.compiler.is_exporting()
         and not modes.transforms_active()
         and not modes.forward_derivatives_active()
-        and all(x is None or type(x) in PLAIN for x in (z, *others))
+        and all(x is None or type(x) in PLAIN for x in tensors)
     )
 
 
-def _needs_plain_operations(*tensors: Tensor | None) -> bool:
+def needs_definition(*tensors: Tensor | None) -> bool:
     """Whether the definitions are used: in compiled graphs, and for forward derivatives."""
     return not are_plain(*tensors) or (
         modes.forward_derivatives_active()
@@ -171,7 +188,7 @@ class _TargetLosses(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-def _kernels(z: Tensor) -> Kernels:
+def kernels_for(z: Tensor) -> Kernels:
     """The module for z's device."""
     if z.is_cuda and z.dtype != torch.float64:
         return _cuda_kernels(z.device)
@@ -182,7 +199,7 @@ def _target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
     """`targets`, but where the kernels for z's device have their own."""
     # Which floats of 8 bits Triton can read depends on the device.
     eight_bits = t.is_floating_point() and t.element_size() == 1
-    kernels = _kernels(z)
+    kernels = kernels_for(z)
     if eight_bits or kernels is aten:
         return targets
     if kernels is cpu:
@@ -234,6 +251,12 @@ def _needs_expression(*tensors: Tensor | None) -> bool:
     Writing into a buffer supports none of these.
     """
     return torch.is_grad_enabled() or not are_plain(*tensors)
+
+
+def require_first_derivative(what: str, instead: str) -> None:
+    """Raises in a backward pass that is to be differentiated again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} cannot be differentiated twice (create_graph=True): {instead}")
 
 
 def _differentiable_gradients(

@@ -2,6 +2,7 @@
 
 from .cpu import Plan
 
+def prefer_huge_pages(address: int, bytes: int) -> None: ...
 def run(
     backward: bool,
     threads: int,

@@ -55,15 +55,26 @@ def backward(
     clip: Clip,
     in_range: bool,
     saved: Saved,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to z, in z's shape and dtype."""
-    dz = empty_like(z)
+    dz = empty_like(z) if out is None else out
     for rows in blocks(y.shape, z.shape[-1], block_size(z)):
         summary = Summary(*(each[rows] for each in saved))
         block = z[rows].to(summary.r.dtype)
         some = None if counted is None else counted[rows]
         dz[rows] = row_gradients(g[rows], block, y[rows], some, clip, summary)
     return dz
+
+
+def sums_of(saved: Saved) -> tuple[Tensor, Tensor]:
+    """m and r of every row, from what `forward` saved."""
+    return saved[0], saved[1]
+
+
+def saved_of(m: Tensor, r: Tensor, q: Tensor, clip: Clip) -> Saved:
+    """What `backward` needs, from m, r and the prediction of the label."""
+    return Summary(m, r, q if clip is None else q.clamp(*clip))
 
 
 def summarize(

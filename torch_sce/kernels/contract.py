@@ -77,8 +77,22 @@ class Kernels(Protocol):
         clip: Clip,
         in_range: bool,
         saved: Saved,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """The gradient with respect to z, in z's shape and dtype, every element written."""
+        """The gradient with respect to z, in z's shape and dtype, every element written.
+
+        It is written to `out` if that is given, a tensor as z, or z itself.
+        """
+        ...
+
+    @staticmethod
+    def sums_of(saved: Saved) -> tuple[Tensor, Tensor]:
+        """m and r of every row, from what `forward` saved."""
+        ...
+
+    @staticmethod
+    def saved_of(m: Tensor, r: Tensor, q: Tensor, clip: Clip) -> Saved:
+        """What `backward` needs, from m, r and the prediction of the label."""
         ...
 
 

@@ -535,6 +535,17 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     return PyLong_FromLongLong(job.units);
 }
 
+static PyObject *prefer_huge_pages_python(PyObject *self, PyObject *args)
+{
+    unsigned long long data;
+    long long bytes;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KL:prefer_huge_pages", &data, &bytes))
+        return NULL;
+    prefer_huge_pages((void *)(uintptr_t)data, bytes);
+    Py_RETURN_NONE;
+}
+
 static PyObject *set_threads(PyObject *self, PyObject *args)
 {
     unsigned long long torch, gomp;
@@ -547,6 +558,8 @@ static PyObject *set_threads(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
+    {"prefer_huge_pages", prefer_huge_pages_python, METH_VARARGS,
+     "Before memory is written for the first time: its address and how many bytes."},
     {"run", run_python, METH_VARARGS, "Losses or gradients of rows, see cpu.py; returns the number of units of work."},
     {"set_threads", set_threads, METH_VARARGS,
      "Takes the addresses of torch_parallel_for and GOMP_parallel; 0: not there."},

@@ -67,11 +67,23 @@ def backward(
     clip: Clip,
     in_range: bool,
     saved: Saved,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to z, in z's shape and dtype."""
-    dz = empty_like(z)
+    dz = empty_like(z) if out is None else out
     run(True, z, dz=dz, y=y, counted=counted, g=g, saved=saved[0], clip=clip)
     return dz
+
+
+def sums_of(saved: Saved) -> tuple[Tensor, Tensor]:
+    """m and r of every row, from what `forward` saved."""
+    r, _, *m = saved[0]
+    return m[0] if m else torch.zeros_like(r), r
+
+
+def saved_of(m: Tensor, r: Tensor, q: Tensor, clip: Clip) -> Saved:
+    """What `backward` needs, from m, r and the prediction of the label."""
+    return (torch.stack((r, q, m) if clip is None else (r, q)),)
 
 
 def run(
@@ -103,6 +115,16 @@ def run(
     given = (z, t, dz, dt, y, counted, g, loss, saved)
     addresses = tuple([0 if x is None else x.data_ptr() for x in given])
     return _cpu.run(backward, torch.get_num_threads(), plan, addresses, g_step, clip, smoothing)
+
+
+def prefer_huge_pages(x: Tensor) -> Tensor:
+    """A new tensor that nothing has been written to, with fewer page faults to come if it is large.
+
+    `run` does the same for gradients.
+    """
+    if _cpu is not None and x.device.type == "cpu":
+        _cpu.prefer_huge_pages(x.data_ptr(), x.numel() * x.element_size())
+    return x
 
 
 def _in_memory(x: Tensor) -> Tensor:

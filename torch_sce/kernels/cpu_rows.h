@@ -389,6 +389,14 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
         }
     if (job->spread)
         FOR_LANES(w) f[w] = f[0], shift[w] = shift[0];
+    /* The last classes of a row in parts are computed twice, the second time from a copy. */
+    REAL last[LANES];
+    bool twice = job->spread && job->data[Z] == job->data[DZ]
+        && (group->end - group->begin) % LANES && group->any_counted;
+    if (twice) {
+        block.first = group->end - LANES, block.steps = 1, block.lanes = LANES;
+        NAME(copy_block)(job, group, &block, Z, 0, last);
+    }
     flatten(job, group);
     if (group->flat) {
         NAME(repeat)(job, group, f, f_of);
@@ -403,7 +411,8 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
             for (int i = 0; i < block.steps; i++)
                 FOR_LANES(w) dz[i * out_step + w] = 0;
         } else {
-            const REAL *z = NAME(read)(job, group, &block, Z, 0, in, &step);
+            const REAL *z = twice && block.first + LANES == group->end
+                ? last : NAME(read)(job, group, &block, Z, 0, in, &step);
             if (job->probabilities)
                 for (int i = 0; i < block.steps; i++)
                     FOR_LANES(w) {

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import aten
 from .aten import empty_like
 from .contract import Clip, Saved, Summary
 
@@ -104,11 +105,12 @@ def backward(
     clip: Clip,
     in_range: bool,
     saved: Saved,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to z, in z's shape and dtype."""
-    dz = empty_like(z)
+    dz = empty_like(z) if out is None else out
     rows = rows_of(z, dz)
-    if len(rows.sizes) > AXES:
+    if len(rows.sizes) > AXES and out is None:
         z = z.contiguous()
         dz = torch.empty_like(z)
         rows = rows_of(z, dz)
@@ -123,6 +125,15 @@ def backward(
             SAME=same, **tile.options(clip),
         )  # fmt: skip
     return dz
+
+
+def sums_of(saved: Saved) -> tuple[Tensor, Tensor]:
+    """m and r of every row, from what `forward` saved."""
+    m, r, _ = saved
+    return m if m.numel() else torch.zeros_like(r), r
+
+
+saved_of = aten.saved_of
 
 
 def choose_tile(z: Tensor, rows: Rows) -> Tile:

@@ -1,0 +1,487 @@
+"""What the ranks of test_distributed.py do: `torchrun --nproc-per-node N tests/ranks.py FOLDER`.
+
+All ranks go through all checks. Each writes which of its own failed, and why, to FOLDER/RANK.json.
+"""
+
+import copy
+import json
+import pickle
+import random
+import re
+import sys
+import traceback
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_sce
+from torch_sce.crosscheck.draw import draw
+
+CASES, SEED = 300, 17
+WITHIN = {"rtol": 1e-12, "atol": 1e-14, "equal_nan": True}  # of float64, in another order
+
+
+def flat_cases():
+    """Drawn cases of reduced losses, in float64 and with one axis of positions: see `flat`."""
+    found, index = 0, -1
+    while found < CASES:
+        index += 1
+        case = draw(SEED, index)
+        if case.form == "class" and case.options["reduction"] not in ("none", None):
+            given = flat(case)
+            found += given is not None
+            if given is not None:
+                yield f"{SEED}:{index}", *given
+
+
+def flat(case, reduction=None) -> tuple[Any, ...] | None:
+    """The loss of a case and its arguments, so that positions can be divided among ranks."""
+    y_true, y_pred = torch.as_tensor(case.y_true), torch.as_tensor(case.y_pred).double()
+    try:
+        loss = getattr(torch_sce, case.name)(**{**case.options, "dtype": "float64"})
+        samples = loss._prepare(y_true, y_pred, case.sample_weight, case.mask, torch.float64)
+    except (ValueError, TypeError):
+        return None
+    shape, classes = samples.z.shape[:-1], samples.z.shape[-1]
+    if samples.z.numel() == 0:
+        return None
+    y = samples.y.reshape(-1) if case.is_sparse else samples.y.reshape(-1, classes)
+    weight, mask = (
+        None if x is None else x.expand(shape).reshape(-1) for x in (samples.weight, samples.mask)
+    )
+    # What is ignored is in the mask.
+    options = {k: v for k, v in loss.get_config().items() if k not in ("axis", "ignore_class")}
+    y = y if case.is_sparse else y.double()
+    weight = None if weight is None else weight.double()
+    options["reduction"] = reduction or options["reduction"]
+    return type(loss)(**options), y, samples.z.reshape(-1, classes), weight, mask
+
+
+def parts(n, ranks, seed):
+    """Slices of n positions, of any lengths, also of none."""
+    cuts = sorted(random.Random(seed).choices(range(n + 1), k=ranks - 1))
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
+
+
+def value_and_gradients(loss, y, z, weight, mask, summed=False):
+    leaves = [x.detach().clone().requires_grad_() for x in (z, weight) if x is not None]
+    leaves += [y.clone().requires_grad_()] if y.is_floating_point() else []
+    given = leaves[2 if weight is not None else 1] if y.is_floating_point() else y
+    w = None if weight is None else leaves[1]
+    value = loss(given, leaves[0], w, mask)
+    total = value.sum() if summed else value
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return value.detach(), [
+        torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
+    ]
+
+
+def check_means():
+    """The value and every gradient of positions that are spread over the ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    wrong = []  # raised at the end, as no rank may wait for another
+    for number, (name, loss, *given) in enumerate(flat_cases()):
+        want, slopes = value_and_gradients(loss, *given)
+        part = parts(len(given[1]), ranks, number)[rank]
+        mine: list[Any] = [None if x is None else x[part] for x in given]
+        loss.process_group = True
+        value, found = value_and_gradients(loss, *mine)
+        n = None if loss.reduction == "sum" else loss.denominator(*mine)
+        loss.process_group = None
+        whole = torch.ones(()) if n is None else loss.denominator(*given)
+        try:
+            torch.testing.assert_close(value, want, **WITHIN)
+            for dx, slope in zip(found, slopes, strict=True):
+                # That of a weight in its own mean is a difference of terms as large as value / n.
+                terms = torch.cat((slope.flatten(), (want / whole).reshape(1))).abs()
+                least = 1e-13 * terms[terms.isfinite()].sum().item()
+                within = {"rtol": 1e-12, "atol": least, "equal_nan": True}
+                torch.testing.assert_close(dx / ranks, slope[part], **within)
+            if n is not None:
+                torch.testing.assert_close(n, whole, rtol=1e-12, atol=0)
+        except Exception as error:
+            wrong.append(
+                f"{name} {loss} {[None if x is None else x.shape for x in given]}: {error}"
+            )
+    assert not wrong, f"{len(wrong)} cases: " + "\n".join(wrong[:5])
+
+
+def check_class_shards():
+    """The losses and gradients of rows whose classes are divided among the ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    wrong, number, index = [], 0, -1
+    while number < CASES:
+        index += 1
+        case = draw(SEED, index)
+        if case.form != "class" or not case.is_sparse:
+            continue
+        given = flat(case, "none")
+        if given is None or given[2].shape[1] < ranks:
+            continue
+        number, classes = number + 1, given[2].shape[1]
+        loss, y, z, weight, mask = given
+        want, (slopes, *_) = value_and_gradients(loss, y, z, weight, mask, summed=True)
+        cuts = sorted(random.Random(number).sample(range(1, classes), k=ranks - 1))
+        part = slice([0, *cuts][rank], [*cuts, classes][rank])
+        loss.class_group = True
+        value, (dz, *_) = value_and_gradients(loss, y, z[:, part], weight, mask, summed=True)
+        every = [torch.empty_like(value) for _ in range(ranks)]
+        dist.all_gather(every, value)
+        try:
+            assert all(torch.equal(x.nan_to_num(0.5), every[0].nan_to_num(0.5)) for x in every)
+            torch.testing.assert_close(value, want, **WITHIN)
+            torch.testing.assert_close(dz, slopes[:, part], **WITHIN)
+        except Exception as error:
+            wrong.append(f"{SEED}:{index} {loss} {z.shape} {part}: {error}")
+    assert not wrong, f"{len(wrong)} cases: " + "\n".join(wrong[:5])
+
+
+def check_nothing_counts():
+    """All is ignored on one rank, on all, or there are no positions."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    loss = torch_sce.SparseCategoricalCrossentropy(
+        True, ignore_class=-1, dtype="float64", process_group=True
+    )
+    z = torch.arange(12.0, dtype=torch.float64).reshape(4, 3) * (rank + 1)
+    mine = torch.full((4,), -1) if rank == 0 else torch.tensor([0, 1, -1, 2])
+    every = [torch.full((4,), -1), *([torch.tensor([0, 1, -1, 2])] * (ranks - 1))]
+    alone = torch_sce.SparseCategoricalCrossentropy(True, ignore_class=-1, dtype="float64")
+    base = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    whole = alone(torch.cat(every), torch.cat([base * (r + 1) for r in range(ranks)]))
+    torch.testing.assert_close(loss(mine, z), whole, **WITHIN)
+    assert loss(torch.full((4,), -1), z) == 0
+    assert loss(torch.zeros(0, dtype=torch.long), z[:0]) == 0
+    mean = torch_sce.SparseCategoricalCrossentropy(True, dtype="float64", process_group=True)
+    mine = slice(0, 0) if rank == 0 else slice(0, 4)
+    torch.testing.assert_close(
+        mean(torch.zeros(4, dtype=torch.long)[mine], base[mine]),
+        alone(torch.zeros(4, dtype=torch.long), base), **WITHIN,
+    )  # fmt: skip
+
+
+def check_both_groups():
+    """Positions divided along one axis of a mesh, classes along the other."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks < 4:
+        return
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "classes"))
+    row, column = divmod(rank, ranks // 2)
+    generator = torch.Generator().manual_seed(4)
+    y = torch.randint(-1, 3 * ranks, (9,), generator=generator)
+    z = torch.randn(9, 3 * ranks, generator=generator, dtype=torch.float64)
+    w = torch.rand(9, generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {
+        "ignore_class": -1, "reduction": "mean_with_sample_weight", "dtype": "float64",
+    }  # fmt: skip
+    loss = torch_sce.SparseCategoricalCrossentropy(
+        True, process_group=mesh.get_group("data"), class_group=mesh.get_group("classes"), **options
+    )
+    rows, classes = (slice(0, 2), slice(2, 9))[row], slice(6 * column, 6 * column + 6)
+    part, given = (x.clone().requires_grad_() for x in (z[rows, classes], w[rows]))
+    value = loss(y[rows], part, given)
+    whole, weight = (x.clone().requires_grad_() for x in (z, w))
+    want = torch_sce.SparseCategoricalCrossentropy(True, **options)(y, whole, weight)
+    torch.testing.assert_close(value, want, **WITHIN)
+    dz, dw = torch.autograd.grad(value, (part, given))
+    slope, of_weight = torch.autograd.grad(want, (whole, weight))
+    torch.testing.assert_close(dz / 2, slope[rows, classes], **WITHIN)
+    torch.testing.assert_close(dw / 2, of_weight[rows], **WITHIN)
+
+
+def check_errors_of_any_kind():
+    """Also one that is not about arguments, one in `denominator`, and one in compiled code."""
+    rank = dist.get_rank()
+    y, z = torch.zeros(4, dtype=torch.long), torch.zeros(4, 3)
+    loss = torch_sce.SparseCategoricalCrossentropy(True, ignore_class=-1, process_group=True)
+    kind = MemoryError if rank == 1 else RuntimeError
+
+    def out_of_memory(*args, **kwargs):
+        raise MemoryError("for this test")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(kind):
+        if rank == 1:
+            patch.setattr(loss, "_losses", out_of_memory)
+        loss(y, z)
+    with pytest.raises(ValueError if rank == 1 else RuntimeError, match=r"labels in|other ranks"):
+        loss.denominator(y + 7 * (rank == 1), z)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    if rank == 1:
+        with pytest.raises(ValueError, match="labels in"):
+            loss(y + 7, z)
+    else:
+        assert compiled(y - 1, z).isnan()  # where nothing counts, too
+
+
+def check_errors():
+    """An error on one rank is one on all of them, and nobody waits."""
+    rank = dist.get_rank()
+    for name in ("SparseCategoricalCrossentropy", "CategoricalCrossentropy"):
+        loss = getattr(torch_sce, name)(True, process_group=True)
+        y = torch.zeros(4, dtype=torch.long) if name[0] == "S" else torch.ones(4, 3)
+        loss(y, torch.zeros(4, 3))
+        try:
+            loss(y[: 4 - (rank == 1)], torch.zeros(4, 3))
+        except ValueError as error:
+            assert rank == 1 and "y_true must have" in str(error)
+        except RuntimeError as error:
+            assert rank != 1 and "other ranks of the process group (1)" in str(error), error
+        else:
+            raise AssertionError("no error")
+        loss(y, torch.zeros(4, 3))
+    try:
+        torch_sce.SparseCategoricalCrossentropy(True, process_group=True)(
+            torch.full((4,), 7 * rank), torch.zeros(4, 3)
+        )
+    except (ValueError, RuntimeError):
+        return
+    raise AssertionError("no error")
+
+
+def check_communication():
+    """One all-reduce forward, of three numbers, and nothing backward."""
+    loss = torch_sce.SparseCategoricalCrossentropy(True, process_group=True)
+    z = torch.zeros(4, 3, requires_grad=True)
+    with CommDebugMode() as counts:
+        value = loss(torch.zeros(4, dtype=torch.long), z)
+        forward = counts.get_total_counts()
+        value.backward()
+    assert (forward, counts.get_total_counts()) == (1, 1), counts.get_comm_counts()
+
+
+def check_communication_of_class_shards():
+    """One all-gather forward, of three numbers a row, and nothing backward."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    y, z = torch.arange(6) % (3 * ranks), torch.randn(6, 2 + rank, requires_grad=True)
+    loss = torch_sce.SparseCategoricalCrossentropy(True, class_group=True)
+    loss(y * 0, z)  # finds which classes each rank has
+    with CommDebugMode() as counts:
+        value = loss(y * 0, z)
+        forward = counts.get_total_counts()
+        value.backward()
+    assert (forward, counts.get_total_counts()) == (1, 1), counts.get_comm_counts()
+
+
+def check_class_shards_in_half_precision():
+    """As the whole in float32, but for the rounding of the gradient."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(2)
+    y = torch.randint(0, 40 * ranks, (50,), generator=generator)
+    z = torch.randn(50, 40 * ranks, generator=generator).bfloat16()
+    loss = torch_sce.SparseCategoricalCrossentropy(True, class_group=True)
+    part = z[:, 40 * rank : 40 * (rank + 1)].clone().requires_grad_()
+    value = loss(y, part)
+    (dz,) = torch.autograd.grad(value, part)
+    whole = z.float().requires_grad_()
+    want = torch_sce.SparseCategoricalCrossentropy(True)(y, whole)
+    (slope,) = torch.autograd.grad(want, whole)
+    torch.testing.assert_close(value, want.detach(), rtol=1e-5, atol=0)
+    assert dz.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        dz.float(), slope[:, 40 * rank : 40 * (rank + 1)], rtol=2**-8 + 1e-5, atol=1e-30
+    )
+
+
+def check_class_shards_refuse():
+    """Labels of no class, and predictions that are no tensor: an error on every rank."""
+    loss = torch_sce.SparseCategoricalCrossentropy(True, class_group=True)
+    z = torch.zeros(3, 4)
+    n = 4 * dist.get_world_size()
+    for y, z_, kind, text in (
+        (torch.tensor([0, n, 1]), z, ValueError, rf"labels in \[0, {n}\)"),
+        (torch.zeros(2), z, ValueError, "y_true must have the shape"),
+        (torch.zeros(3), z.tolist(), TypeError, "y_pred must be a tensor with class_group"),
+    ):
+        try:
+            loss(y, z_)
+        except kind as error:
+            assert re.search(text, str(error)), error
+        else:
+            raise AssertionError("no error")
+    y, z = torch.zeros(3, dtype=torch.long), z.requires_grad_()
+    groups: tuple[dict[str, Any], ...] = ({"class_group": True}, {"process_group": True})
+    for options in groups:
+        with pytest.raises(RuntimeError, match="differentiated twice"):
+            value = torch_sce.SparseCategoricalCrossentropy(True, **options)(y, z)
+            torch.autograd.grad(value, z, create_graph=True)
+    with pytest.raises(ValueError, match=r"always have as many classes.* 4 on this rank, got 2"):
+        loss(y, z[:, :2])
+    with pytest.raises(TypeError, match="explain takes whole predictions"):
+        torch_sce.explain(loss, y, z)
+    other = copy.deepcopy(torch_sce.SparseCategoricalCrossentropy(True, class_group=True))
+    pickle.loads(pickle.dumps(loss))
+    torch.testing.assert_close(other(y, z), loss(y, z))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7)).double()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def problem():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(24, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(-1, 7, (24,), generator=generator)
+    return x, y, parts(24, dist.get_world_size(), 5)[dist.get_rank()]
+
+
+def check_ddp():
+    """Under DistributedDataParallel uneven batches train as one batch."""
+    x, y, mine = problem()
+    torch.manual_seed(0)
+    one, model = Model(), Model()
+    model.load_state_dict(one.state_dict())
+    model = DistributedDataParallel(model)
+    loss = torch_sce.SparseCategoricalCrossentropy(
+        True, ignore_class=-1, dtype="float64", process_group=True
+    )
+    alone = torch_sce.SparseCategoricalCrossentropy(True, ignore_class=-1, dtype="float64")
+    steps = [torch.optim.SGD(m.parameters(), 0.5) for m in (model, one)]
+    for _ in range(5):
+        values = loss(y[mine], model(x[mine])), alone(y, one(x))
+        torch.testing.assert_close(*(v.detach() for v in values), **WITHIN)
+        for value, optimizer in zip(values, steps, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def check_accumulation():
+    """Micro-batches on every rank, of which the last one has nothing that counts."""
+    x, y, mine = problem()
+    torch.manual_seed(0)
+    one = Model()
+    model = DistributedDataParallel(one)
+    options = {"ignore_class": -1, "dtype": "float64"}
+    alone = torch_sce.SparseCategoricalCrossentropy(True, **options)
+    (want,) = torch.autograd.grad(alone(y, one(x)), list(one.parameters())[:1])
+    loss = torch_sce.SparseCategoricalCrossentropy(True, process_group=True, **options)
+    batches = [(y[mine][i::3], x[mine][i::3]) for i in range(3)]
+    batches.append((torch.full((2,), -1), x[:2]))
+    n = sum(loss.denominator(y_, torch.Size([len(y_), 7])) for y_, _ in batches)
+    total = 0
+    for y_, x_ in batches:
+        value = loss(y_, model(x_), denominator=n)
+        value.backward()
+        total += value.detach()
+    torch.testing.assert_close(total, alone(y, one(x)).detach(), **WITHIN)
+    torch.testing.assert_close(next(one.parameters()).grad, want, rtol=1e-12, atol=1e-14)
+
+
+def check_heads():
+    """Hidden states that are spread over the ranks, in chunks; the head is the same on all."""
+    ranks = dist.get_world_size()
+    x, y, mine = problem()
+    torch.manual_seed(0)
+    weight, bias = torch.randn(7, 5).double(), torch.randn(7).double()
+    w = torch.rand(24).double()
+    for reduction, known in product(("mean", "sum", "mean_with_sample_weight"), (True, False)):
+        options: dict[str, Any] = {"ignore_class": -1, "reduction": reduction, "dtype": "float64"}
+        loss = torch_sce.LinearSparseCategoricalCrossentropy(
+            chunk_bytes=500, process_group=True, **options
+        )
+        alone = torch_sce.SparseCategoricalCrossentropy(True, **options)
+        leaves = [t.clone().requires_grad_() for t in (x[mine], weight, bias)]
+        wholes = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        given = w[mine].clone().requires_grad_(not known)  # otherwise the losses come first
+        value = loss(y[mine], *leaves, sample_weight=given)
+        want = alone(y, wholes[0] @ wholes[1].T + wholes[2], w)
+        torch.testing.assert_close(value.detach(), want.detach(), **WITHIN)
+        found, slopes = torch.autograd.grad(value, leaves), torch.autograd.grad(want, wholes)
+        close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
+        torch.testing.assert_close(found[0] / ranks, slopes[0][mine], **close)
+        for d, slope in zip(found[1:], slopes[1:], strict=True):
+            total = d.clone()
+            dist.all_reduce(total)
+            torch.testing.assert_close(total / ranks, slope, **close)
+        if reduction != "sum":
+            n = loss.denominator(y[mine], x[mine].shape, w[mine])
+            torch.testing.assert_close(n, alone.denominator(y, torch.Size([24, 7]), w))
+            half = loss(y[mine], *leaves, sample_weight=given, denominator=2 * n)
+            torch.testing.assert_close(half.detach(), want.detach() / 2, **WITHIN)
+            for d, slope in zip(torch.autograd.grad(half, leaves[:1]), found, strict=False):
+                torch.testing.assert_close(2 * d, slope, **close)
+
+
+def check_compiled():
+    x, y, mine = problem()
+    torch.manual_seed(0)
+    model = Model()
+    loss = torch_sce.SparseCategoricalCrossentropy(
+        True, ignore_class=-1, dtype="float64", process_group=True
+    )
+
+    def step(x, y):
+        return loss(y, model(x))
+
+    slices = torch_sce.SparseCategoricalCrossentropy(True, dtype="float64", class_group=True)
+    z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(6) % 4
+    values = [f(labels, z) for f in (slices, torch.compile(slices, fullgraph=True))]
+    torch.testing.assert_close(*values, **WITHIN)
+    torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in values), **WITHIN)
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True)):
+        value = call(x[mine], y[mine])
+        results.append((value.detach(), *torch.autograd.grad(value, list(model.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def check_metrics():
+    """Uneven batches, ranks without a batch, different numbers of updates."""
+    from torch_sce import metrics
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+    for name in ("SparseCategoricalCrossentropy", "SparseCategoricalAccuracy"):
+        options = {"from_logits": True} if "entropy" in name else {}
+        metric, one = getattr(metrics, name)(**options), getattr(metrics, name)(**options)
+        one._to_sync = one.sync_on_compute = False
+        for r in range(ranks):
+            for batch in range(r):
+                y = torch.randint(0, 4, (3 + r + batch,), generator=generator)
+                z = torch.randn(len(y), 4, generator=generator)
+                one.update_state(y, z)
+                if r == rank:
+                    metric.update_state(y, z)
+        assert metric.result() == one.result(), name
+
+
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_")
+}
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    failed = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+        except Exception:
+            failed[name] = traceback.format_exc()
+        dist.barrier()
+    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(failed))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -302,7 +302,7 @@ def test_predictions_are_not_written_over(model, labels_are):
 def test_gradients_may_be_written_over_their_predictions(model, dtype):
     """In the bits of those in another tensor; also where classes are not contiguous."""
     clip = None if model == "logits" else CLIP[dtype]
-    for classes in (7, MANY + 3):
+    for classes in (7,) if INTERPRETED else (7, MANY + 3):  # the interpreter is slow
         z, y, g = rows(classes, model, (3,), dtype)
         y[0], g[1] = IGNORED, 0
         gaps = torch.nn.functional.pad(z, (1, 2))[:, 1:-2]

@@ -220,7 +220,7 @@ class SparseCategoricalCrossentropy(_Loss):
     _options: ClassVar = _parsers(
         "sparse_categorical_crossentropy", ignore_class=parse_ignore_class
     ) | {"class_group": partial(parse_group, "class_group")}
-    _found: tuple[int, Slice] | None = None
+    _found: Slice | None = None
     class_group: Any = None
 
     def __init__(
@@ -273,7 +273,7 @@ class SparseCategoricalCrossentropy(_Loss):
         return row_losses(z, y, counted, clip, samples.in_range)
 
     def _shard(self, y_pred: ArrayLike, axis: int | None = None) -> Slice | None:
-        """Which classes this rank has, found when it first has that many."""
+        """Which classes this rank has, found in the first call."""
         group = None if self.class_group is None else group_of(self.class_group)
         if group is None:
             return None
@@ -282,14 +282,14 @@ class SparseCategoricalCrossentropy(_Loss):
                 f"y_pred must be a tensor with class_group, got {type(y_pred).__name__}"
             )
         size = y_pred.shape[class_axis(self.axis if axis is None else axis, y_pred)]
-        if self._found is None or self._found[1].group is not group:
-            self._found = size, find_slice(size, y_pred.device, group)
-        if self._found[0] != size:  # only this rank knows, so it must not ask the others again
+        if self._found is None or self._found.group is not group:
+            self._found = find_slice(size, y_pred.device, group)
+        if self._found.size != size:  # only this rank knows, so it must not ask the others again
             raise ValueError(
-                f"y_pred must always have as many classes with class_group, {self._found[0]} on "
+                f"y_pred must always have as many classes with class_group, {self._found.size} on "
                 f"this rank, got {size}: make another loss on all ranks"
             )
-        return self._found[1]
+        return self._found
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: x for name, x in vars(self).items() if name != "_found"}

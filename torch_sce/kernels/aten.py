@@ -165,7 +165,12 @@ def block_size(z: Tensor) -> int:
 
 def row_dtype(z: Tensor) -> torch.dtype:
     """The dtype rows are computed in: float64 for float64, otherwise float32."""
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
+    return real_dtype(z.dtype)
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of rows of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_like(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from ..arrays import HALVES
 from . import kernels_for, require_first_derivative
+from .aten import real_dtype
 from .cpu import prefer_huge_pages
 
-HALVES = (torch.float16, torch.bfloat16)
 ADDS_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")  # from PyTorch 2.8 on, for CUDA
 
 Rows = slice | Tensor  # the rows of a chunk: a slice of x, or their numbers
@@ -133,11 +134,6 @@ def require_no_second_derivative() -> None:
         "the loss of a linear head",
         "use SparseCategoricalCrossentropy(from_logits=True) of hidden @ weight.T + bias",
     )
-
-
-def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that rows of this dtype are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _results(needs: Needs, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:

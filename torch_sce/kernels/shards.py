@@ -23,6 +23,7 @@ class Slice(NamedTuple):
     """Which classes this rank has."""
 
     group: Any
+    size: int
     start: int
     classes: int  # of all ranks
 
@@ -32,7 +33,7 @@ def find_slice(size: int, device: torch.device, group: Any) -> Slice:
     sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
     dist.all_gather(list(sizes.unsqueeze(1).unbind()), sizes.new_tensor([size]), group=group)
     sizes = sizes.tolist()
-    return Slice(group, sum(sizes[: dist.get_rank(group)]), sum(sizes))
+    return Slice(group, size, sum(sizes[: dist.get_rank(group)]), sum(sizes))
 
 
 def shard_losses(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, shard: Slice) -> Tensor:

@@ -1,6 +1,7 @@
 """What the ranks of test_distributed.py do: `torchrun --nproc-per-node N tests/ranks.py FOLDER`.
 
-All ranks go through all checks. Each writes which of its own failed, and why, to FOLDER/RANK.json.
+All ranks go through all checks, or those whose names follow. Each writes which of its own failed,
+and why, to FOLDER/RANK.json.
 """
 
 import copy
@@ -22,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import torch_sce
 from torch_sce.crosscheck.draw import draw
@@ -417,6 +419,123 @@ def check_heads():
                 torch.testing.assert_close(2 * d, slope, **close)
 
 
+def check_heads_with_divided_classes():
+    """Every rank has a slice of the weight; what it gets for the rest is the whole."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(4)
+    classes = 5 * ranks + 3
+    close: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-13}
+    cuts = sorted(random.Random(6).sample(range(1, classes), k=ranks - 1))
+    part = slice([0, *cuts][rank], [*cuts, classes][rank])
+    x, weight = (torch.randn(n, 6, generator=generator).double() for n in (24, classes))
+    bias, w = torch.randn(classes).double(), torch.rand(24).double()
+    dist.broadcast(bias, 0)
+    dist.broadcast(w, 0)
+    y = torch.randint(-1, classes, (24,), generator=generator)
+    same = None
+    for reduction, ignored, softcap, has_bias, known, chunk in product(
+        ("mean", "none", "mean_with_sample_weight"), (True, False), (None, 3.0), (True, False),
+        (True, False), (400, None),
+    ):  # fmt: skip
+        options: dict[str, Any] = {"reduction": reduction, "dtype": "float64"}
+        options |= {"ignore_class": -1 if ignored else None}
+        loss = torch_sce.LinearSparseCategoricalCrossentropy(
+            chunk_bytes=chunk, class_group=True, logit_softcap=softcap, **options
+        )
+        loss._found = same  # else each one asks for the slices
+        alone = torch_sce.LinearSparseCategoricalCrossentropy(logit_softcap=softcap, **options)
+        tensors = [x, weight, *([bias] if has_bias else [])]
+        mine = [x, *(t[part] for t in tensors[1:])]
+        leaves, wholes = ([t.clone().requires_grad_() for t in each] for each in (mine, tensors))
+        given = w.clone().requires_grad_(not known)
+        labels = y if ignored else y.clamp(0)
+        value = loss(labels, *leaves, sample_weight=given)
+        want = alone(labels, *wholes, sample_weight=w)
+        same = loss._found
+        torch.testing.assert_close(value.detach(), want.detach(), **close)
+        found = torch.autograd.grad(value.sum(), leaves)
+        slopes = torch.autograd.grad(want.sum(), wholes)
+        torch.testing.assert_close(found[0], slopes[0], **close)
+        for d, slope in zip(found[1:], slopes[1:], strict=True):
+            torch.testing.assert_close(d, slope[part], **close)
+
+
+def check_communication_of_heads():
+    """For each chunk three numbers a row and, at the same time as d weight, d hidden."""
+    x, weight, y = torch.randn(256, 8), torch.randn(16, 8), torch.zeros(256, dtype=torch.long)
+    weight.requires_grad_()
+    for needs_hidden, chunk, chunks in ((True, None, 1), (False, None, 1), (True, 64 * 64, 4)):
+        loss = torch_sce.LinearSparseCategoricalCrossentropy(class_group=True, chunk_bytes=chunk)
+        loss(y, x, weight.detach())  # exchanges sizes
+        sent: list[tuple[str, int]] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_gather", "all_reduce"):
+                patch.setattr(dist, name, counted_calls(getattr(dist, name), name, sent))
+            value = loss(y, x.clone().requires_grad_(needs_hidden), weight)
+            forward = list(sent)
+            value.backward()
+        rows = 256 // chunks
+        each = [("all_gather", 3 * rows), ("all_reduce", 8 * rows)][: 1 + needs_hidden]
+        assert forward == sent == each * chunks, sent
+
+
+def counted_calls(call, name, sent):
+    def counting(*args, **kwargs):
+        tensor = args[1] if name == "all_gather" else args[0]
+        sent.append((name, tensor.numel()))
+        return call(*args, **kwargs)
+
+    return counting
+
+
+def check_heads_with_divided_classes_in_other_ways():
+    """In half precision, under a mode, under autocast, compiled, with both groups, frozen parts."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(4)
+    x, whole = (torch.randn(n, 8, generator=generator) for n in (70, 4 * ranks))
+    y = torch.randint(0, 4 * ranks, (70,), generator=generator)
+    part = slice(4 * rank, 4 * (rank + 1))
+    loss = torch_sce.LinearSparseCategoricalCrossentropy(class_group=True)
+    alone = torch_sce.LinearSparseCategoricalCrossentropy()
+
+    def results(loss, weight, dtype=torch.float32, device="cpu", autocast=False):
+        leaves = [t.to(dtype).clone().requires_grad_() for t in (x, weight)]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            value = loss(y, *leaves)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    def compare(found, want, **within):
+        value, dx, dw = want
+        for a, b in zip(found, (value, dx, dw[part]), strict=True):
+            torch.testing.assert_close(a, b, **within)
+
+    want = results(alone, whole)
+    compare(results(torch.compile(loss, fullgraph=True), whole[part]), want)
+    with BaseTorchDispatchMode():
+        found = results(loss, whole[part])
+    compare(found, want)
+    halves: tuple[dict[str, Any], ...] = (
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+        {"autocast": True},
+    )
+    for options in halves:
+        found = results(loss, whole[part], **options)
+        # The sum over the ranks is rounded once more, and so are its parts.
+        compare(found, results(alone, whole, **options), rtol=2**-6, atol=2**-11)
+    frozen = loss(y, x, whole[part].clone().requires_grad_())
+    torch.testing.assert_close(frozen.detach(), want[0])
+    both = torch_sce.LinearSparseCategoricalCrossentropy(class_group=True, process_group=True)
+    compare(
+        [t / n for t, n in zip(results(both, whole[part]), (1, ranks, ranks), strict=True)],
+        [want[0], want[1] / ranks, want[2] / ranks],
+    )  # the same batch on all ranks
+    with pytest.raises(ValueError, match=rf"labels in \[0, {4 * ranks}\)"):
+        loss(y + 4 * ranks, x, whole[part])
+    with pytest.raises(ValueError, match="weight must always have as many classes"):
+        loss(y, x, whole[part][:2])
+
+
 def check_compiled():
     x, y, mine = problem()
     torch.manual_seed(0)
@@ -429,9 +548,10 @@ def check_compiled():
         return loss(y, model(x))
 
     slices = torch_sce.SparseCategoricalCrossentropy(True, dtype="float64", class_group=True)
+    compiled = torch.compile(slices, fullgraph=True, dynamic=True)  # before any other call
     z = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.arange(6) % 4
-    values = [f(labels, z) for f in (slices, torch.compile(slices, fullgraph=True))]
+    values = [f(labels, z) for f in (compiled, slices)]
     torch.testing.assert_close(*values, **WITHIN)
     torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in values), **WITHIN)
     results = []
@@ -469,14 +589,14 @@ CHECKS = {
 }
 
 
-def main(folder):
+def main(folder, *names):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=200))
     failed = {}
-    for name, check in CHECKS.items():
+    for name in names or CHECKS:
         try:
-            check()
-        except Exception:
+            CHECKS[name]()
+        except (Exception, pytest.fail.Exception):
             failed[name] = traceback.format_exc()
         dist.barrier()
     Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(failed))
@@ -484,4 +604,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

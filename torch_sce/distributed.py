@@ -13,6 +13,7 @@ A rank that raises an error takes part in the all-reduce before it does, so that
 it: on the CPU they raise an error, too, elsewhere their value is NaN.
 """
 
+import itertools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from .arrays import ArrayLike, float64_on, to_tensor
 from .kernels import require_first_derivative
+from .kernels.shards import Slice, find_slice
 from .options import WithOptions
 from .reduction import numerator_and_denominator, ratio, reduce
 from .samples import Samples, values_can_be_read
 
 Unreduced = tuple[Tensor, Tensor | None, Tensor | None]  # losses, weight and mask
+_NUMBERS = itertools.count()  # of losses
 Group = Any  # a ProcessGroup, which PyTorch builds without distributed do not have
 
 
@@ -144,6 +147,45 @@ def denominator_of(loss: WithOptions, prepared: Callable[[], Samples], y_pred: A
         parts = (zeros, samples.weight, samples.mask, loss.reduction)
         total, count = (x.detach() for x in numerator_and_denominator(*parts))
     return count if group is None or loss.reduction == "sum" else _sums(total, count, group)[1]
+
+
+class WithSlices(WithOptions):
+    """A loss whose classes may be divided among the ranks of `class_group`."""
+
+    class_group: Any = None
+    _found: Slice | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._number = next(_NUMBERS)
+
+    def _slice_of(
+        self, name: str, x: ArrayLike, classes_of: Callable[[Tensor], int]
+    ) -> Slice | None:
+        """Which classes this rank has, found in the first call; None: all of them."""
+        group = None if self.class_group is None else group_of(self.class_group)
+        if group is None:
+            return None
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor with class_group, got {type(x).__name__}")
+        size = classes_of(x)
+        if self._found is not None and self._found.group is not group:
+            self._found, self._number = None, next(_NUMBERS)
+        if self._found is None:
+            self._found = find_slice(size, x.device, group, self._number)
+        if self._found.size != size:  # only this rank knows, so it must not ask the others again
+            raise ValueError(
+                f"{name} must always have as many classes with class_group, {self._found.size} on "
+                f"this rank, got {size}: make another loss on all ranks"
+            )
+        return self._found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name not in ("_found", "_number")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = next(_NUMBERS)
 
 
 def device_of(x: Any) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .arrays import HALVES, ArrayLike, floats
 from .distributed import (
+    WithSlices,
     denominator_of,
     device_of,
     group_mean,
@@ -25,8 +26,8 @@ from .distributed import (
     shared_errors,
 )
 from .kernels import head, needs_definition, row_losses, takes_operators
+from .kernels.shards import Slice, copied, shard_losses
 from .options import (
-    WithOptions,
     parse_chunk_bytes,
     parse_dtype,
     parse_ignore_class,
@@ -46,6 +47,7 @@ class _Options(NamedTuple):
     softcap: float | None
     dtype: torch.dtype | None  # None: that of the logits
     chunk_bytes: int | None
+    shard: Slice | None = None
 
 
 class _Given(NamedTuple):
@@ -61,7 +63,7 @@ class _Given(NamedTuple):
         return given if autocast is None or given == torch.float64 else autocast
 
 
-class LinearSparseCategoricalCrossentropy(WithOptions):
+class LinearSparseCategoricalCrossentropy(WithSlices):
     """The cross-entropy, in nats, of a linear head's logits, which are computed in chunks.
 
     Equal to `SparseCategoricalCrossentropy(from_logits=True, ...)` of `hidden @ weight.T + bias`,
@@ -79,6 +81,9 @@ class LinearSparseCategoricalCrossentropy(WithOptions):
             MiB on the CPU and 512 MiB on other devices. Larger chunks make no difference but in
             speed; a chunk has one row at least.
         process_group: as for `SparseCategoricalCrossentropy`.
+        class_group: the processes among which the classes are divided: `weight` and `bias` hold
+            this rank's, in the order of the ranks and as many in every call; all else is the same
+            on all ranks, and so is the loss. `hidden` gets the whole of its gradient on each.
 
     The call is `loss(y_true, hidden, weight, bias=None, sample_weight=None, mask=None)`.
 
@@ -113,6 +118,7 @@ class LinearSparseCategoricalCrossentropy(WithOptions):
         "dtype": parse_dtype,
         "chunk_bytes": parse_chunk_bytes,
         "process_group": partial(parse_group, "process_group"),
+        "class_group": partial(parse_group, "class_group"),
     }
 
     def __init__(
@@ -124,8 +130,10 @@ class LinearSparseCategoricalCrossentropy(WithOptions):
         dtype: Any = None,
         chunk_bytes: int | None = None,
         process_group: Any = None,
+        class_group: Any = None,
     ) -> None:
         super().__init__()
+        self.class_group = class_group
         self.ignore_class = ignore_class
         self.reduction = reduction
         self.logit_softcap = logit_softcap
@@ -168,7 +176,8 @@ class LinearSparseCategoricalCrossentropy(WithOptions):
         device = device_of(hidden)
         with shared_errors(group, device):
             n = parse_denominator(denominator, device, reduction)
-            given, options = _head(hidden, weight, bias), _options_of(self)
+            given = _head(hidden, weight, bias)
+            options = _options_of(self, self._slice_of("weight", given.weight, len))
             divisor = n if group is None else torch.ones((), device=device)
             samples, losses, attached = self._losses(
                 y_true, given, sample_weight, mask, options, divisor
@@ -283,8 +292,8 @@ def linear_sparse_categorical_crossentropy(
     return _losses(given, _samples(y_true, given, None, None, options), options)
 
 
-def _options_of(loss: LinearSparseCategoricalCrossentropy) -> _Options:
-    return _Options(loss.ignore_class, loss.logit_softcap, loss.dtype, loss.chunk_bytes)
+def _options_of(loss: LinearSparseCategoricalCrossentropy, shard: Slice | None = None) -> _Options:
+    return _Options(loss.ignore_class, loss.logit_softcap, loss.dtype, loss.chunk_bytes, shard)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -340,11 +349,18 @@ def _by_definition(
     mask: ArrayLike | None,
     options: _Options,
 ) -> tuple[Samples, Tensor]:
+    shard = options.shard
+    if shard is not None:
+        given = given._replace(hidden=copied(given.hidden, shard))
     samples = prepare(
         y_true, _logits(given, options), sample_weight, mask,
         from_logits=True, axis=-1, ignore_class=options.ignore_class, dtype=options.dtype,
+        classes=None if shard is None else shard.classes,
     )  # fmt: skip
-    return samples, row_losses(samples.z, samples.y, samples.counted, None, samples.in_range)
+    z, y, counted = samples.z, samples.y, samples.counted
+    if shard is not None:
+        return samples, shard_losses(z, y, counted, None, shard)
+    return samples, row_losses(z, y, counted, None, samples.in_range)
 
 
 def _logits(given: _Given, options: _Options) -> Tensor:
@@ -376,6 +392,7 @@ def _samples(
         return prepare(
             y_true, z, sample_weight, mask,
             from_logits=True, axis=-1, ignore_class=options.ignore_class, dtype=options.dtype,
+            classes=None if options.shard is None else options.shard.classes,
         )  # fmt: skip
     except ValueError as error:
         # The other hints of a shape are about a class axis, which logits here have last.
@@ -399,7 +416,7 @@ def _inputs(given: _Given, samples: Samples, options: _Options) -> head.Head:
     hidden, weight, bias = given
     compute = given.compute()
     default = CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK
-    counted = samples.counted
+    counted, shard = samples.counted, options.shard
     return head.Head(
         hidden.reshape(samples.y.numel(), hidden.shape[-1]),
         weight,
@@ -411,6 +428,8 @@ def _inputs(given: _Given, samples: Samples, options: _Options) -> head.Head:
         _seen(compute, options),
         options.chunk_bytes or default,
         samples.in_range,
+        None if shard is None else shard.group.group_name,
+        () if shard is None else list(shard[1:]),
     )
 
 

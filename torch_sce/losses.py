@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import ArrayLike
-from .distributed import Unreduced, denominator_of, group_of, of_shape, parse_group, reduced
+from .distributed import (
+    Unreduced,
+    WithSlices,
+    denominator_of,
+    of_shape,
+    parse_group,
+    reduced,
+)
 from .kernels import row_losses, target_losses
-from .kernels.shards import Slice, find_slice, shard_losses
+from .kernels.shards import Slice, shard_losses
 from .options import (
     Parser,
     WithOptions,
@@ -167,7 +174,7 @@ class _Loss(WithOptions):
         return _Criterion(self)
 
 
-class SparseCategoricalCrossentropy(_Loss):
+class SparseCategoricalCrossentropy(WithSlices, _Loss):
     """The cross-entropy, in nats, between integer labels and predictions, weighted and averaged.
 
     A drop-in for `tf.keras.losses.SparseCategoricalCrossentropy`: the same options in the same
@@ -220,8 +227,6 @@ class SparseCategoricalCrossentropy(_Loss):
     _options: ClassVar = _parsers(
         "sparse_categorical_crossentropy", ignore_class=parse_ignore_class
     ) | {"class_group": partial(parse_group, "class_group")}
-    _found: Slice | None = None
-    class_group: Any = None
 
     def __init__(
         self,
@@ -252,7 +257,7 @@ class SparseCategoricalCrossentropy(_Loss):
         mask: ArrayLike | None,
         dtype: torch.dtype | None,
     ) -> Samples:
-        shard = self._shard(y_pred)
+        shard = self._slice(y_pred, self.axis)
         return prepare(
             y_true,
             y_pred,
@@ -267,32 +272,14 @@ class SparseCategoricalCrossentropy(_Loss):
 
     def _losses(self, samples: Samples) -> Tensor:
         z, y, counted, clip = samples.z, samples.y, samples.counted, samples.clip
-        shard = self._shard(z, -1)
+        shard = self._slice(z, -1)
         if shard is not None:
             return shard_losses(z, y, counted, clip, shard)
         return row_losses(z, y, counted, clip, samples.in_range)
 
-    def _shard(self, y_pred: ArrayLike, axis: int | None = None) -> Slice | None:
-        """Which classes this rank has, found in the first call."""
-        group = None if self.class_group is None else group_of(self.class_group)
-        if group is None:
-            return None
-        if not isinstance(y_pred, Tensor):
-            raise TypeError(
-                f"y_pred must be a tensor with class_group, got {type(y_pred).__name__}"
-            )
-        size = y_pred.shape[class_axis(self.axis if axis is None else axis, y_pred)]
-        if self._found is None or self._found.group is not group:
-            self._found = find_slice(size, y_pred.device, group)
-        if self._found.size != size:  # only this rank knows, so it must not ask the others again
-            raise ValueError(
-                f"y_pred must always have as many classes with class_group, {self._found.size} on "
-                f"this rank, got {size}: make another loss on all ranks"
-            )
-        return self._found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name != "_found"}
+    def _slice(self, y_pred: ArrayLike, axis: int) -> Slice | None:
+        """Which classes this rank has."""
+        return self._slice_of("y_pred", y_pred, lambda z: z.shape[class_axis(axis, z)])
 
 
 class CategoricalCrossentropy(_Loss):

@@ -8,20 +8,27 @@ Rows are computed a chunk at a time: their logits in one workspace, losses and d
 the device, dz in the place of the logits, then the products dz @ weight and dz.T @ x. Sums over
 chunks are float32 where the inputs are in half precision, and are rounded once.
 
+With a group of ranks that have a slice of the classes each, weight and bias hold this rank's. The
+ranks merge the summaries of a chunk's rows (`shards`) and add up its dx, meanwhile each computes
+its part of d weight.
+
 Both functions are operators, which a compiled graph calls as they are.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, library
 
 from ..arrays import HALVES
-from . import kernels_for, require_first_derivative
+from . import kernels_for, modes, require_first_derivative
 from .aten import real_dtype
+from .contract import Kernels
 from .cpu import prefer_huge_pages
+from .shards import Slice, SliceKernels
 
 ADDS_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")  # from PyTorch 2.8 on, for CUDA
 
@@ -30,7 +37,8 @@ Needs = Sequence[bool]  # whether x, weight and bias need a gradient
 
 INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor? counted, "
-    "float? softcap, ScalarType compute, ScalarType seen, int chunk_bytes, bool in_range"
+    "float? softcap, ScalarType compute, ScalarType seen, int chunk_bytes, bool in_range, "
+    "str? group=None, int[] part=[]"
 )
 
 
@@ -47,6 +55,11 @@ class Head(NamedTuple):
     seen: torch.dtype  # of the logits that the loss sees
     chunk_bytes: int  # the size of the workspace
     in_range: bool
+    group: str | None = None  # the name of the ranks' group
+    part: Sequence[int] = ()  # the other fields of a `Slice`
+
+    def shard(self) -> Slice | None:
+        return None if self.group is None else Slice(modes.group_called(self.group), *self.part)
 
 
 class Workspace(NamedTuple):
@@ -68,7 +81,7 @@ def losses(*inputs: Any) -> Tensor:
     for rows, _, work in _chunks(head):
         z = _seen(work, head)
         y, counted = head.y[rows], _of(head.counted, rows)
-        _put(loss, rows, kernels_for(z).forward(z, y, counted, None, head.in_range)[0])
+        _put(loss, rows, _kernels(z, head).forward(z, y, counted, None, head.in_range)[0])
     return loss
 
 
@@ -90,14 +103,13 @@ def gradients(g: Tensor, needs: Needs, *inputs: Any) -> tuple[Tensor, Tensor, Te
     for rows, x, work in _chunks(head):
         found, dz = _loss_and_dz(g[rows], rows, work, head)
         _put(loss, rows, found)
-        if needs[0] and isinstance(rows, slice) and dx.dtype == dz.dtype:
-            torch.mm(dz, head.weight, out=dx[rows])
-        elif needs[0]:
-            _put(dx, rows, dz @ head.weight)
+        finish = _add_dx(dx, dz, rows, head) if needs[0] else None
         if needs[1]:
             products.add(dz, x)
         if needs[2]:
             sums += dz.sum(0, dtype=sums.dtype)
+        if finish is not None:
+            finish()
     return loss, dx, products.value(), dbias.copy_(sums)
 
 
@@ -152,6 +164,27 @@ def _prepared(head: Head) -> Head:
     return head._replace(weight=head.weight.to(head.compute), bias=bias)
 
 
+def _kernels(z: Tensor, head: Head) -> Kernels | SliceKernels:
+    shard = head.shard()
+    return kernels_for(z) if shard is None else SliceKernels(kernels_for(z), shard)
+
+
+def _add_dx(dx: Tensor, dz: Tensor, rows: Rows, head: Head) -> Callable[[], None]:
+    """Puts dx of a chunk in its place, by the time that the function that is returned has run."""
+    stays = isinstance(rows, slice) and dx.dtype == dz.dtype
+    part = torch.mm(dz, head.weight, out=dx[rows]) if stays else dz @ head.weight
+    shard = head.shard()
+    work = None if shard is None else dist.all_reduce(part, group=shard.group, async_op=True)
+
+    def finish() -> None:
+        if work is not None:
+            work.wait()
+        if not stays:
+            _put(dx, rows, part)
+
+    return finish
+
+
 def _of(x: Tensor | None, rows: Rows) -> Tensor | None:
     return None if x is None else x[rows]
 
@@ -163,6 +196,8 @@ def _put(whole: Tensor, rows: Rows, part: Tensor) -> None:
 def _chunk_rows(head: Head) -> int:
     """How many rows to compute at a time, so that what is made for them fits in `chunk_bytes`."""
     classes, width = head.weight.shape
+    shard = head.shard()
+    classes = classes if shard is None else shard.largest  # ranks have the same chunks
     dtypes = [*_dtypes(head), *([] if head.softcap is None else [head.seen])]
     size = classes * sum(dtype.itemsize for dtype in dtypes)
     if head.counted is not None or head.x.dtype != head.compute:  # copies of x and dx
@@ -240,7 +275,7 @@ def _in(memory: Tensor, z: Tensor) -> Tensor:
 def _loss_and_dz(g: Tensor, rows: Rows, work: Workspace, head: Head) -> tuple[Tensor, Tensor]:
     """The losses of a chunk, and dz in the place of its logits in the workspace."""
     z, y, counted = _seen(work, head), head.y[rows], _of(head.counted, rows)
-    kernels = kernels_for(z)
+    kernels = _kernels(z, head)
     loss, saved = kernels.forward(z, y, counted, None, head.in_range)
     slope = _slope(z, work, head)
     dz = kernels.backward(g, z, y, counted, None, head.in_range, saved, z)

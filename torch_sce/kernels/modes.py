@@ -1,10 +1,13 @@
-"""Which of PyTorch's transforms and modes are active.
+"""Which of PyTorch's transforms and modes are active, and groups by their names.
 
 PyTorch has no public functions for this. Its private ones are used here and nowhere else; they are
 the same from PyTorch 2.6 to 2.15.
 """
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,3 +40,11 @@ def has_memory(x: Tensor) -> bool:
 def forward_derivatives_active() -> bool:
     """Whether forward-mode differentiation is active, of dual tensors or within `jvp`."""
     return forward_ad._current_level >= 0
+
+
+def group_called(name: str) -> Any:
+    """The group of processes with this `group_name`, which operators are given."""
+    from torch.distributed import distributed_c10d  # imported here: not every build has it
+
+    resolve: Callable[[str], Any] = distributed_c10d._resolve_process_group  # pyright: ignore
+    return resolve(name)

@@ -5,7 +5,9 @@ and why, to FOLDER/RANK.json.
 """
 
 import copy
+import itertools
 import json
+import math
 import pickle
 import random
 import re
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import BaseTorchDispatchMode
@@ -534,6 +537,194 @@ def check_heads_with_divided_classes_in_other_ways():
         loss(y + 4 * ranks, x, whole[part])
     with pytest.raises(ValueError, match="weight must always have as many classes"):
         loss(y, x, whole[part][:2])
+
+
+def meshes():
+    """One of all ranks, and with four ranks one of two axes, too."""
+    ranks = dist.get_world_size()
+    yield init_device_mesh("cpu", (ranks,))
+    if ranks == 4:
+        yield init_device_mesh("cpu", (2, 2))
+
+
+def dtensor(x, mesh, placements):
+    """x, which is the same on all ranks, placed like this; summands are equal parts."""
+    parts = math.prod(mesh.size(i) for i, p in enumerate(placements) if p.is_partial())
+    shards = [Replicate() if p.is_partial() else p for p in placements]
+    local = distribute_tensor(x / parts if parts > 1 else x, mesh, shards).to_local()
+    return DTensor.from_local(local, mesh, placements, shape=x.shape, stride=x.stride())
+
+
+def check_dtensors():
+    """Predictions, labels, weights and masks in any placement, or plain where they are whole."""
+    wrong, grids = [], list(meshes())
+    for number, (name, loss, *given) in enumerate(itertools.islice(flat_cases(), 0, None, 3)):
+        choices = random.Random(number)
+        mesh = choices.choice(grids)
+        want, slopes = value_and_gradients(loss, *given)
+        places: list[Any] = []
+        for index, x in enumerate(given):
+            kinds: list[Any] = [
+                Replicate(),
+                *(Shard(dim) for dim in range(0 if x is None else x.ndim)),
+            ]
+            # Summands of probabilities may round to others than they are clipped to.
+            kinds += [Partial()] if index == 1 and loss.from_logits else []
+            plain = x is None or (index != 1 and choices.random() < 0.3)
+            places.append(None if plain else choices.choices(kinds, k=mesh.ndim))
+        placed: list[Any] = [
+            x if where is None else dtensor(x.contiguous(), mesh, where)
+            for x, where in zip(given, places, strict=True)
+        ]
+        try:
+            value, found = value_and_gradients(loss, *placed)
+            for got, right in zip((value, *found), (want, *slopes), strict=True):
+                largest = right[right.isfinite()].abs().sum().item()
+                within = {"rtol": 1e-11, "atol": 1e-13 + 1e-13 * largest, "equal_nan": True}
+                torch.testing.assert_close(whole(got), right, **within)
+        except Exception as error:
+            wrong.append(f"{name} {loss} {places}: {error}")
+    assert not wrong, f"{len(wrong)} cases: " + "\n".join(wrong[:5])
+
+
+def local(x: Any):
+    return x.to_local()
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def check_second_derivatives_of_dtensors():
+    y, w = torch.tensor([2, 0, -1, 1, 3]), torch.rand(5, generator=torch.Generator()).double()
+    z = torch.arange(20.0).reshape(5, 4).sin().double()
+    sparse = torch_sce.SparseCategoricalCrossentropy(True, -1)
+    soft = torch_sce.CategoricalCrossentropy(True, label_smoothing=0.1)
+    for mesh in meshes():
+        for places in product((Replicate(), Shard(0), Shard(1)), repeat=mesh.ndim):
+            for loss, labels in ((sparse, y), (soft, z.cos())):
+                found = []
+                for given in (
+                    dtensor(z, mesh, places).requires_grad_(),
+                    z.clone().requires_grad_(),
+                ):
+                    (d,) = torch.autograd.grad(loss(labels, given, w), given, create_graph=True)
+                    (d2,) = torch.autograd.grad((whole(d) ** 2).sum(), given)
+                    found.append((whole(d).detach(), whole(d2)))
+                for got, right in zip(*found, strict=True):
+                    torch.testing.assert_close(got, right)
+
+
+def check_heads_of_dtensors():
+    """Hidden states, weight and bias in any placement; chunks where rows are, and classes."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, w = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 7, 4), (9, 4), (9,), (3, 7))
+    )
+    y = torch.randint(-1, 9, (3, 7), generator=generator)
+    tensors = (x, weight, bias)
+    options: list[Any] = list(product(("mean", "none", "sum"), (True, False), (None, 600)))
+    for mesh in meshes():
+        of_x = product([Replicate(), Shard(0), Shard(1), Shard(2)], repeat=mesh.ndim)
+        of_weight = list(product([Replicate(), Shard(0), Shard(1)], repeat=mesh.ndim))
+        cases = list(enumerate(product(of_x, of_weight)))[:: 2 * mesh.ndim - 1]
+        for (case, (here, there)), turn in product(cases, range(2 if mesh.ndim == 1 else 1)):
+            reduction, known, chunk = options[(2 * case + turn) % len(options)]
+            loss = torch_sce.LinearSparseCategoricalCrossentropy(
+                -1, reduction, logit_softcap=4, dtype="float64", chunk_bytes=chunk
+            )
+            places = (here, there, [p if p == Shard(0) else Replicate() for p in there])
+            spread = [dtensor(t, mesh, where) for t, where in zip(tensors, places, strict=True)]
+            found: list[list[Any]] = []
+            for leaves in (spread, [t.clone() for t in tensors]):
+                given = w.clone().requires_grad_(not known)
+                value = loss(y, *(t.requires_grad_() for t in leaves), given)
+                grads = torch.autograd.grad(value.sum(), [*leaves, *([] if known else [given])])
+                found.append([whole(value).detach(), *map(whole, grads)])
+            for got, right in zip(*found, strict=True):
+                torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-13)
+
+
+def check_dtensors_and_process_group():
+    """Positions of each row of the mesh its own, classes or hidden states divided along it."""
+    if dist.get_world_size() < 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    row, ranks = mesh.get_local_rank("data"), mesh["classes"]
+    generator = torch.Generator().manual_seed(4)
+    z, w, y = (torch.randn(8, 6), torch.rand(8), torch.randint(-1, 6, (8,)))
+    z, w = (torch.rand(*x.shape, generator=generator, dtype=torch.float64) for x in (z, w))
+    y = torch.randint(-1, 6, (8,), generator=generator)
+    rows = (slice(0, 3), slice(3, 8))[row]
+    options: dict[str, Any] = {"ignore_class": -1, "reduction": "mean_with_sample_weight"}
+    options["dtype"] = "float64"
+    group = mesh.get_group("data")
+    alone = torch_sce.SparseCategoricalCrossentropy(True, **options)
+    everything = z.clone().requires_grad_()
+    want = alone(y, everything, w)
+    (slope,) = torch.autograd.grad(want, everything)
+    plain = torch_sce.SparseCategoricalCrossentropy(True, process_group=group, **options)
+    linear = torch_sce.LinearSparseCategoricalCrossentropy(process_group=group, **options)
+    eye = dtensor(torch.eye(6, dtype=torch.float64), ranks, [Shard(0)])
+    for place in (Shard(0), Shard(1), Replicate()):
+        leaf = dtensor(z[rows], ranks, [place]).requires_grad_()
+        for value in (plain(y[rows], leaf, w[rows]), linear(y[rows], leaf, eye, None, w[rows])):
+            torch.testing.assert_close(value.detach(), want.detach(), **WITHIN)
+            (dz,) = torch.autograd.grad(value, leaf)
+            torch.testing.assert_close(whole(dz) / 2, slope[rows], **WITHIN)
+        n = plain.denominator(y[rows], leaf, w[rows])
+        torch.testing.assert_close(n, alone.denominator(y, z, w))
+        half = plain(y[rows], leaf, w[rows], denominator=2 * n)
+        torch.testing.assert_close(2 * half.detach(), want.detach(), **WITHIN)
+
+
+def check_communication_of_dtensors():
+    """One all-gather of three numbers a row for divided classes, and nothing for divided rows."""
+    (mesh, *_) = meshes()
+    y, z = torch.arange(8) % 5, torch.randn(8, 5)
+    for place, gathers in ((Shard(1), 1), (Shard(0), 0), (Replicate(), 0)):
+        leaf = dtensor(z, mesh, [place]).requires_grad_()
+        g = dtensor(torch.ones(8), mesh, [Replicate() if place == Shard(1) else place])
+        sent: list[tuple[str, int]] = []
+        with pytest.MonkeyPatch.context() as patch, CommDebugMode() as counts:
+            patch.setattr(dist, "all_gather", counted_calls(dist.all_gather, "all_gather", sent))
+            losses = torch_sce.sparse_categorical_crossentropy(y, leaf, from_logits=True)
+            losses.backward(g)
+        assert counts.get_total_counts() == gathers, counts.get_comm_counts()
+        assert sent == [("all_gather", 24)] * gathers
+
+
+def check_dtensors_refuse():
+    grids = list(meshes())
+    y, z = torch.zeros(4, dtype=torch.long), torch.zeros(4, 3)
+    loss = torch_sce.SparseCategoricalCrossentropy(True)
+    leaf = dtensor(z, grids[0], [Shard(0)])
+    with pytest.raises(TypeError, match="must be a plain tensor with class_group, got a DTensor"):
+        torch_sce.SparseCategoricalCrossentropy(True, class_group=True)(y, leaf)
+    with pytest.raises(ValueError, match="y_true must have the shape of y_pred"):
+        loss(y[:2], leaf)
+    if len(grids) == 2:
+        with pytest.raises(ValueError, match="y_true must be on y_pred's device mesh"):
+            loss(dtensor(y, grids[1], [Replicate(), Shard(0)]), leaf)
+    assert whole(loss(y + 5, leaf)).isnan()  # the same on all ranks
+
+
+def check_compiled_dtensors():
+    """Each rank has a graph of its own: PyTorch would take the first rank's from its cache."""
+    (mesh, *_), rank = meshes(), dist.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(8, 6, generator=generator)
+    y = torch.randint(0, 6, (8,), generator=generator)
+    loss = torch_sce.SparseCategoricalCrossentropy(True, reduction="none")
+    given = dtensor(y, mesh, [Replicate()]), dtensor(z, mesh, [Shard(0)])
+    for function in (torch_sce.sparse_categorical_accuracy, loss):
+        compiled = torch.compile(function, fullgraph=True)
+        for turn in (True, False):  # one after the other; nothing is sent
+            if (rank == 0) == turn:
+                found = compiled(*given)
+                torch.testing.assert_close(local(found), local(function(*given)))
+            dist.barrier()
 
 
 def check_compiled():

@@ -402,6 +402,6 @@ def test_losses_of_targets_take_the_kernels(shape, model, monkeypatch):
 def test_targets_that_triton_may_not_read_take_any_device_s_path(monkeypatch):
     monkeypatch.setattr(kernels, "kernels_for", lambda z: cuda)
     z = torch.zeros(3, 5)
-    assert kernels._target_kernels(z, z.half()) is cuda_targets
-    assert kernels._target_kernels(z, z.bool()) is cuda_targets
-    assert kernels._target_kernels(z, z.to(torch.float8_e4m3fn)) is targets
+    assert kernels.target_kernels(z, z.half()) is cuda_targets
+    assert kernels.target_kernels(z, z.bool()) is cuda_targets
+    assert kernels.target_kernels(z, z.to(torch.float8_e4m3fn)) is targets

@@ -35,7 +35,11 @@ def torchrun(ranks, *arguments):
     return done
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+# One worker for all that is found in one run of the ranks.
+RUNS = [pytest.param(n, marks=pytest.mark.xdist_group(f"{n} ranks")) for n in (2, 4)]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def failed(request, tmp_path_factory):
     """The checks that failed on some rank."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 import torch_sce
 
 pytestmark = [
+    pytest.mark.xdist_group("dtensor"),  # one worker for all that the ranks find
     pytest.mark.skipif("torch.get_default_device().type != 'cpu'"),
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
     pytest.mark.skipif(
@@ -130,26 +131,34 @@ def check_head(placement, reduction):
     spread = place(x, placement).requires_grad_(), place(w, "copy").requires_grad_()
     value = loss(place(y, placement), *spread)
     torch.testing.assert_close(value.full_tensor(), want)
-    found = torch.autograd.grad(value.sum(), spread)
-    for got, right in zip(found, torch.autograd.grad(want.sum(), plain), strict=True):
+    found, slopes = (torch.autograd.grad(v.sum(), x) for v, x in ((value, spread), (want, plain)))
+    for got, right in zip(found, slopes, strict=True):
         torch.testing.assert_close(got.full_tensor(), right)
-    with pytest.raises(
-        TypeError, match=r"^weight must be a DTensor, as hidden is, with placements"
-    ):
-        loss(place(y, placement), spread[0], w)
+    whole = plain[1].detach().clone().requires_grad_()  # the same on both ranks
+    value = loss(y, spread[0], whole)
+    torch.testing.assert_close(value.full_tensor(), want)
+    (got,) = torch.autograd.grad(value.sum(), whole)
+    torch.testing.assert_close(got, slopes[1])
+    with pytest.raises(TypeError, match=r"^weight must not be a DTensor.* placements \("):
+        loss(y, x, spread[1])
 
 
 def check_mixed(model):
-    """One that is spread and one that is not: an error with the placement, but for scalars."""
+    """Plain tensors beside a DTensor are whole; beside plain predictions a DTensor is an error."""
     problem = Problem(model, "large")
-    leaf, y, mask = placed(problem, "batch")
-    for given, name in (((problem.y, leaf, mask), "y_true"), ((y, leaf, problem.counted), "mask"),
-                        ((y, problem.z, None), "y_true")):  # fmt: skip
-        with pytest.raises(TypeError, match=rf"^{name} must .*DTensor.* placements \(Shard"):
-            problem.loss()(given[0], given[1], mask=given[2])
-    with pytest.raises(TypeError, match=r"^y_true must .*DTensor.* placements \(Shard"):
-        problem.loss()(problem.y.tolist(), leaf)
-    problem.loss()(y, leaf, torch.tensor(2.0))
+    leaf, y, _ = placed(problem, "batch")
+    plain, loss = problem.z.clone().requires_grad_(), problem.loss("mean")
+    weight = problem.g.abs()
+    want = loss(problem.y, plain, weight, problem.counted)
+    (slope,) = torch.autograd.grad(want, plain)
+    for labels in (problem.y, problem.y.tolist(), problem.y.numpy()):
+        value = loss(labels, leaf, weight, problem.counted)
+        torch.testing.assert_close(value.full_tensor(), want)
+        (dz,) = torch.autograd.grad(value, leaf)
+        torch.testing.assert_close(dz.full_tensor(), slope)
+    with pytest.raises(TypeError, match=r"^y_true must not be .*DTensor.* placements \(Shard"):
+        loss(y, problem.z)
+    loss(y, leaf, torch.tensor(2.0))
 
 
 def main():
@@ -165,7 +174,7 @@ def main():
     for name, check, arguments in cases():
         try:
             check(*arguments)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failed[name] = traceback.format_exc()
     dist.destroy_process_group()
     print(json.dumps(failed))

@@ -38,8 +38,8 @@ def to_tensor(
         if tensor.dtype == torch.float64:
             tensor = tensor.to(float64_on(device))
         tensor = tensor.to(device)
-    if like is not None and type(tensor) is not type(like):
-        _check_placement(name, tensor, like, like_name)
+    if like is not None and not type(tensor) is type(like) is Tensor:
+        tensor = _placed(name, tensor, like, like_name)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
     return tensor
@@ -82,11 +82,17 @@ def require_dense(name: str, tensor: Tensor) -> None:
     raise TypeError(f"{name} must be a dense tensor of numbers, got {kind}: pass {plain}")
 
 
-def _check_placement(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
-    """Raises if exactly one of the two is a DTensor, unless `tensor` is a scalar."""
+def _placed(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Tensor:
+    """A plain tensor beside a DTensor is the same on all ranks; the reverse is an error."""
     here, there = (getattr(x, "placements", None) for x in (tensor, like))
+    meshes = [getattr(x, "device_mesh", None) for x in (tensor, like)]
+    if here is not None and there is not None and meshes[0] != meshes[1]:
+        raise ValueError(
+            f"{name} must be on {like_name}'s device mesh, {meshes[1]}, got {meshes[0]}: pass "
+            f"{name}.full_tensor()"
+        )
     if (here is None) == (there is None) or tensor.ndim == 0:
-        return
+        return tensor
     if there is None and like_name == "hidden":
         raise TypeError(
             f"{name} must not be a DTensor if hidden is not, got one with placements {here}: under "
@@ -98,10 +104,10 @@ def _check_placement(name: str, tensor: Tensor, like: Tensor, like_name: str) ->
             f"{name} must not be a DTensor if {like_name} is not, got one with placements {here}: "
             f"pass {name}.full_tensor(), or {name}.to_local() if {like_name} is this rank's part"
         )
-    raise TypeError(
-        f"{name} must be a DTensor, as {like_name} is, with placements {there}, got a plain one: "
-        f"pass torch.distributed.tensor.distribute_tensor({name}, {like_name}.device_mesh, ...)"
-    )
+    from torch.distributed.tensor import DTensor, Replicate  # few need it, and it is slow
+
+    mesh: Any = meshes[1]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim)
 
 
 def to_array(name: str, value: Any) -> np.ndarray:

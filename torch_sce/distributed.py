@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .arrays import ArrayLike, float64_on, to_tensor
-from .kernels import require_first_derivative
-from .kernels.shards import Slice, find_slice
+from .kernels import is_dtensor, require_first_derivative
+from .kernels.shards import Slice, allow_graphs, find_slice
 from .options import WithOptions
 from .reduction import numerator_and_denominator, ratio, reduce
 from .samples import Samples, values_can_be_read
@@ -43,6 +43,13 @@ def parse_group(name: str, group: Any) -> Group | bool | None:
         f"{name} must be True for all processes, a group of torch.distributed, or None, got "
         f"{group!r}"
     )
+
+
+def parse_class_group(value: Any) -> Group | bool | None:
+    group = parse_group("class_group", value)
+    if group is not None:
+        allow_graphs()
+    return group
 
 
 def group_of(process_group: Group | bool | None) -> Group | None:
@@ -67,7 +74,8 @@ def reduced(
         losses, weight, mask = compute()
         if group is None:
             return reduce(losses, weight, mask, reduction, given).to(loss.dtype)
-        total, count = numerator_and_denominator(losses, weight, mask, reduction)
+        parts = numerator_and_denominator(losses, weight, mask, reduction)
+        total, count = map(on_every_rank, parts)
     return group_mean(total, count, group, given, reduction).to(loss.dtype)
 
 
@@ -145,7 +153,7 @@ def denominator_of(loss: WithOptions, prepared: Callable[[], Samples], y_pred: A
         z = samples.z
         zeros = z.new_zeros(z.shape[:-1], dtype=float64_on(z.device))
         parts = (zeros, samples.weight, samples.mask, loss.reduction)
-        total, count = (x.detach() for x in numerator_and_denominator(*parts))
+        total, count = (on_every_rank(x.detach()) for x in numerator_and_denominator(*parts))
     return count if group is None or loss.reduction == "sum" else _sums(total, count, group)[1]
 
 
@@ -168,6 +176,11 @@ class WithSlices(WithOptions):
             return None
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor with class_group, got {type(x).__name__}")
+        if is_dtensor(x):
+            raise TypeError(
+                f"{name} must be a plain tensor with class_group, got a DTensor, which says itself "
+                "how its classes are divided: leave class_group out"
+            )
         size = classes_of(x)
         if self._found is not None and self._found.group is not group:
             self._found, self._number = None, next(_NUMBERS)
@@ -191,6 +204,12 @@ class WithSlices(WithOptions):
 def device_of(x: Any) -> torch.device:
     """That of a tensor; anything else is moved to the CPU."""
     return x.device if isinstance(x, Tensor) else torch.device("cpu")
+
+
+def on_every_rank(x: Tensor) -> Tensor:
+    """x as a plain tensor, also if it is a DTensor."""
+    whole: Callable[[], Tensor] | None = getattr(x, "full_tensor", None)
+    return x if whole is None else whole()
 
 
 def of_shape(x: Any, like: ArrayLike) -> ArrayLike:

@@ -20,12 +20,14 @@ from .distributed import (
     device_of,
     group_mean,
     of_shape,
+    on_every_rank,
+    parse_class_group,
     parse_denominator,
     parse_group,
     reducing_group,
     shared_errors,
 )
-from .kernels import head, needs_definition, row_losses, takes_operators
+from .kernels import computes_parts, head, is_dtensor, needs_definition, row_losses, takes_operators
 from .kernels.shards import Slice, copied, shard_losses
 from .options import (
     parse_chunk_bytes,
@@ -118,7 +120,7 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         "dtype": parse_dtype,
         "chunk_bytes": parse_chunk_bytes,
         "process_group": partial(parse_group, "process_group"),
-        "class_group": partial(parse_group, "class_group"),
+        "class_group": parse_class_group,
     }
 
     def __init__(
@@ -185,7 +187,7 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
             parts = (losses, samples.weight, samples.mask, reduction)
             if group is None:
                 return attached(reduce(*parts, n).to(self.dtype))
-            total, count = numerator_and_denominator(*parts)
+            total, count = map(on_every_rank, numerator_and_denominator(*parts))
             total = attached(total)
         return group_mean(total, count, group, n, reduction).to(self.dtype)
 
@@ -233,17 +235,17 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         samples = _samples(y_true, given, sample_weight, mask, options)
         if self.reduction in ("none", None) or not _gradients_are_known(given, samples):
             return samples, _losses(given, samples, options), _unchanged
-        inputs = _inputs(given, samples, options)
-        zeros = samples.z.new_zeros(samples.y.shape, dtype=head.real_dtype(inputs.seen))
+        zeros = samples.z.new_zeros(samples.y.shape, dtype=head.real_dtype(samples.z.dtype))
         g = factors(zeros, samples.weight, samples.mask, self.reduction, denominator)
-        needs = [x is not None and x.requires_grad for x in given]
-        detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-        losses, *gradients = head.gradients(g.flatten(), needs, *detached)
+        mine = _of_rank(given, samples, options)
+        needs = [x is not None and x.requires_grad for x in mine.given]
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in mine.inputs]
+        losses, *gradients = head.gradients(mine.rows(g).flatten(), needs, *detached)
 
         def attached(value: Tensor) -> Tensor:
-            return _WithGradients.apply(value, *given, *gradients)
+            return _WithGradients.apply(value, *mine.given, *gradients)
 
-        return samples, losses.view(samples.y.shape), attached
+        return samples, mine.whole(losses), attached
 
 
 def _unchanged(value: Tensor) -> Tensor:
@@ -339,7 +341,7 @@ def _in_chunks(given: _Given) -> bool:
     """Whether `kernels.head` can compute it; otherwise PyTorch's operations make all logits."""
     if torch.compiler.is_compiling():
         return takes_operators(*given)
-    return not needs_definition(*given)
+    return computes_parts(given.hidden) or not needs_definition(*given)
 
 
 def _by_definition(
@@ -412,29 +414,59 @@ def _gradients_are_known(given: _Given, samples: Samples) -> bool:
     return any(x is not None and x.requires_grad for x in given)
 
 
-def _inputs(given: _Given, samples: Samples, options: _Options) -> head.Head:
+def _inputs(
+    given: _Given, y: Tensor, counted: Tensor | None, in_range: bool, options: _Options
+) -> head.Head:
     hidden, weight, bias = given
     compute = given.compute()
     default = CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK
-    counted, shard = samples.counted, options.shard
+    shard = options.shard
     return head.Head(
-        hidden.reshape(samples.y.numel(), hidden.shape[-1]),
+        hidden.reshape(y.numel(), hidden.shape[-1]),
         weight,
         bias,
-        samples.y.reshape(-1),
+        y.reshape(-1),
         None if counted is None else counted.reshape(-1),
         options.softcap,
         compute,
         _seen(compute, options),
         options.chunk_bytes or default,
-        samples.in_range,
+        in_range,
         None if shard is None else shard.group.group_name,
         () if shard is None else list(shard[1:]),
     )
 
 
+class _OfRank(NamedTuple):
+    """What this rank computes: of DTensors its part, of other tensors all."""
+
+    given: _Given
+    inputs: head.Head
+    rows: Callable[[Tensor], Tensor]  # of what has one number for each row
+    whole: Callable[[Tensor], Tensor]  # the losses, of this rank's
+
+
+def _of_rank(given: _Given, samples: Samples, options: _Options) -> _OfRank:
+    y, counted, hidden = samples.y, samples.counted, given.hidden
+    rows = together = _unchanged
+    if is_dtensor(hidden):
+        from .kernels import dtensors  # imported here: few need it, and it is slow
+
+        x, weight, bias, shard = dtensors.head_of_rank(*given)
+        given, options = _Given(x, weight, bias), options._replace(shard=shard)
+        rows = partial(dtensors.part_of_rows, like=hidden)
+        together = partial(dtensors.losses_of, z=hidden)
+        y, counted = rows(y), None if counted is None else rows(counted)
+
+    def whole(losses: Tensor) -> Tensor:
+        return together(losses.view(y.shape))
+
+    return _OfRank(given, _inputs(given, y, counted, samples.in_range, options), rows, whole)
+
+
 def _losses(given: _Given, samples: Samples, options: _Options) -> Tensor:
-    return head.losses(*_inputs(given, samples, options)).view(samples.y.shape)
+    mine = _of_rank(given, samples, options)
+    return mine.whole(head.losses(*mine.inputs))
 
 
 class _WithGradients(torch.autograd.Function):
@@ -458,7 +490,7 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), found = upstream, ctx.saved_tensors
+        g, found = on_every_rank(upstream[0]), ctx.saved_tensors
         head.require_no_second_derivative()
         if not (values_can_be_read(g) and bool(g == 1)):  # 1: that of a loss alone
             found = tuple(d * g for d in found)

@@ -13,6 +13,7 @@ from .distributed import (
     WithSlices,
     denominator_of,
     of_shape,
+    parse_class_group,
     parse_group,
     reduced,
 )
@@ -226,7 +227,7 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
 
     _options: ClassVar = _parsers(
         "sparse_categorical_crossentropy", ignore_class=parse_ignore_class
-    ) | {"class_group": partial(parse_group, "class_group")}
+    ) | {"class_group": parse_class_group}
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -31,12 +32,15 @@ from .cpu import native
 __all__ = [
     "Clip",
     "are_plain",
+    "computes_parts",
+    "is_dtensor",
     "kernels_for",
     "native",
     "needs_definition",
     "require_first_derivative",
     "row_losses",
     "takes_operators",
+    "target_kernels",
     "target_losses",
     "whole_rows",
 ]
@@ -57,6 +61,12 @@ def row_losses(
     """
     if _is_compiled_for_cpu(z, y, counted):
         return operators.label_losses(z, y, counted, clip)
+    if computes_parts(z) and z.ndim > 1:
+        from . import dtensors  # imported here: few need it, and it is slow
+
+        z, y, counted = dtensors.placed(z, y, counted, divides_classes=True)
+        kernels = dtensors.Labels(dtensors.classes_of(z))
+        return _RowLosses.apply(z, y, counted, clip, in_range, kernels)
     if needs_definition(z, y, counted):
         z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, counted, clip)
@@ -78,12 +88,18 @@ def target_losses(
     smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of every row of z for the targets t of its shape: (...) for (..., C)."""
-    if _is_compiled_for_cpu(z, t, counted) and _target_kernels(z, t) is cpu_targets:
+    if _is_compiled_for_cpu(z, t, counted) and target_kernels(z, t) is cpu_targets:
         return operators.target_losses(z, t, counted, clip, smoothing)
+    if computes_parts(z) and z.ndim > 1:
+        from . import dtensors
+
+        return _TargetLosses.apply(
+            *dtensors.placed(z, t, counted), clip, smoothing, dtensors.Targets
+        )
     if needs_definition(z, t, counted):
         return targets.losses(whole_rows(z), whole_rows(t), counted, clip, smoothing)
     if z.ndim > 1:
-        return _TargetLosses.apply(z, t, counted, clip, smoothing, _target_kernels(z, t))
+        return _TargetLosses.apply(z, t, counted, clip, smoothing, target_kernels(z, t))
     counted = _over(Tensor.unsqueeze, counted, 0)
     return target_losses(z.unsqueeze(0), t.unsqueeze(0), counted, clip, smoothing).squeeze(0)
 
@@ -121,13 +137,30 @@ def needs_definition(*tensors: Tensor | None) -> bool:
 
 def whole_rows(z: Tensor) -> Tensor:
     """z; a DTensor with its classes gathered, so that each rank has whole rows."""
-    placements = getattr(z, "placements", None)
-    if placements is None:
+    if not is_dtensor(z):
         return z
-    from torch.distributed.tensor import Replicate  # imported here: few need it, and it is slow
+    from . import dtensors
 
-    whole = [Replicate() if p.is_partial() or p.is_shard(z.ndim - 1) else p for p in placements]
-    return z.redistribute(placements=whole)  # pyright: ignore[reportAttributeAccessIssue]
+    z = dtensors.whole_rows(z)
+    # A graph has to say whose it is: PyTorch's cache of compiled graphs takes that of one rank for
+    # another's, whose parts are others (pytorch/pytorch#188390). This leaves nothing out.
+    return z[..., : 2**62 + dist.get_rank()] if torch.compiler.is_compiling() else z
+
+
+def is_dtensor(x: Any) -> bool:
+    return hasattr(x, "placements")
+
+
+def computes_parts(z: Tensor) -> bool:
+    """Whether each rank computes its part of a DTensor's rows.
+
+    Compiled graphs, transforms and forward derivatives have the definitions.
+    """
+    return is_dtensor(z) and not (
+        torch.compiler.is_compiling()
+        or modes.transforms_active()
+        or modes.forward_derivatives_active()
+    )
 
 
 class _RowLosses(torch.autograd.Function):
@@ -195,7 +228,7 @@ def kernels_for(z: Tensor) -> Kernels:
     return cpu if native and z.device.type == "cpu" else aten
 
 
-def _target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
+def target_kernels(z: Tensor, t: Tensor) -> TargetKernels:
     """`targets`, but where the kernels for z's device have their own."""
     # Which floats of 8 bits Triton can read depends on the device.
     eight_bits = t.is_floating_point() and t.element_size() == 1
@@ -245,12 +278,12 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) in PLAIN and x.layout == torch.strided and not x.is_meta and modes.has_memory(x)
 
 
-def _needs_expression(*tensors: Tensor | None) -> bool:
+def _needs_expression(g: Tensor, z: Tensor, *others: Tensor | None) -> bool:
     """Whether the gradient is differentiated again or transformed, or a tensor is not plain.
 
     Writing into a buffer supports none of these.
     """
-    return torch.is_grad_enabled() or not are_plain(*tensors)
+    return torch.is_grad_enabled() or not (are_plain(g, z, *others) or computes_parts(z))
 
 
 def require_first_derivative(what: str, instead: str) -> None:
@@ -263,6 +296,9 @@ def _differentiable_gradients(
     g: Tensor, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip
 ) -> Tensor:
     """The gradients as an expression in z."""
+    if is_dtensor(z):  # not every operation below takes DTensors beside other tensors
+        losses = aten.row_losses(whole_rows(z).to(aten.row_dtype(z)), y, counted, clip)
+        return torch.autograd.grad(losses, z, g, create_graph=True)[0]
     if counted is not None:
         g = torch.where(counted, g, 0)
     wide = aten.blanked(z.to(aten.row_dtype(z)), counted)

@@ -43,7 +43,6 @@ def find_slice(size: int, device: torch.device, group: Any, number: int) -> Slic
     return Slice(group, size, sum(sizes[: dist.get_rank(group)]), sum(sizes), max(sizes))
 
 
-@torch.compiler.assume_constant_result
 def _sizes(size: int, device: str, group_name: str, number: int) -> tuple[int, ...]:
     found = _FOUND.get((number, group_name))
     if found is None:
@@ -52,6 +51,11 @@ def _sizes(size: int, device: str, group_name: str, number: int) -> tuple[int, .
         dist.all_gather(list(sizes.unsqueeze(1).unbind()), sizes.new_tensor([size]), group=group)
         found = _FOUND[number, group_name] = tuple(sizes.tolist())
     return found
+
+
+def allow_graphs() -> None:
+    """Lets slices be found while a graph is compiled; loads the compiler."""
+    torch.compiler.assume_constant_result(_sizes)
 
 
 def shard_losses(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, shard: Slice) -> Tensor:

@@ -14,10 +14,7 @@ import json
 import re
 import sys
 import warnings
-from inspect import formatannotation
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 from benchmark.cases import (
@@ -39,7 +36,6 @@ from benchmark.report import UNFUSED
 from benchmark.results import Result
 
 import torch_sce
-from torch_sce.arrays import ArrayLike
 from torch_sce.crosscheck.differences import DIFFERENCES
 
 ROOT = Path(__file__).parent.parent
@@ -139,17 +135,9 @@ def build_reference(folder: Path) -> None:
         include_undocumented=False,
         footer_text=f"torch_sce {torch_sce.__version__}",
     )
-    with warnings.catch_warnings(), mock.patch("inspect.formatannotation", short_annotation):
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         pdoc(*MODULES, output_directory=folder)
-
-
-def short_annotation(annotation: object, *arguments: Any, **options: Any) -> str:
-    """An annotation as signatures show it, but `ArrayLike`, a union of a dozen types, by name."""
-    text = formatannotation(annotation, *arguments, **options)
-    for union, name in ((ArrayLike | None, "ArrayLike | None"), (ArrayLike, "ArrayLike")):
-        text = text.replace(formatannotation(union), name)
-    return text
 
 
 def missing_names(folder: Path) -> list[str]:

@@ -639,7 +639,8 @@ def check_heads_of_dtensors():
             found: list[list[Any]] = []
             for leaves in (spread, [t.clone() for t in tensors]):
                 given = w.clone().requires_grad_(not known)
-                value = loss(y, *(t.requires_grad_() for t in leaves), given)
+                hidden, *head = (t.requires_grad_() for t in leaves)
+                value = loss(y, hidden, head[0], head[1], given)
                 grads = torch.autograd.grad(value.sum(), [*leaves, *([] if known else [given])])
                 found.append([whole(value).detach(), *map(whole, grads)])
             for got, right in zip(*found, strict=True):

@@ -257,7 +257,8 @@ def test_the_gradient_with_respect_to_a_mask_has_no_loss_that_is_not_computed(fa
     each = Loss(reduction="none")(y, q)
     for reduction, missing in (("sum", 2 * each[0]), ("mean_with_sample_weight", 2 / 3 * each[0])):
         mask = torch.tensor([0.0, 1.0], requires_grad=True)
-        Loss(reduction=reduction)(y, q, w, mask).backward()
+        loss = Loss(reduction=reduction)  # pyright: ignore
+        loss(y, q, w, mask).backward()
         theirs = facts["keras 3"][f"mask, {reduction}"]
         assert mask.grad is not None
         want = mask.grad + torch.stack([missing, torch.zeros(())])

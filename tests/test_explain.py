@@ -731,7 +731,8 @@ def test_where_the_loss_raises_it_says_why():
     assert "y_true (64, 10) float32: does not fit y_pred" in str(
         explain(logits_loss(), LOGITS, LOGITS)
     )
-    assert "TypeError: y_pred must hold numbers" in explain(logits_loss(), [1], ["a"]).error
+    strings: Any = ["a"]
+    assert "TypeError: y_pred must hold numbers" in explain(logits_loss(), [1], strings).error
     with pytest.raises(ValueError, match="there is nothing to plot: ValueError: y_true must hold"):
         found.plot()
     with pytest.raises(

@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 import torch_sce
-from torch_sce import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from torch_sce import (
+    CategoricalCrossentropy,
+    LinearSparseCategoricalCrossentropy,
+    SparseCategoricalCrossentropy,
+    metrics,
+)
 
 BOTH = pytest.mark.parametrize("cls", [SparseCategoricalCrossentropy, CategoricalCrossentropy])
 LOGITS = torch.tensor([[2.0, 0.5, 1.0, 0.1], [-1.0, 2.5, 0.2, 0.8]])
@@ -152,7 +157,7 @@ class TestOptions:
         assert again.get_config() == loss.get_config() and set(given["config"]) == set(config)
 
     def test_wrong_calls_are_refused_as_by_the_function(self):
-        loss = SparseCategoricalCrossentropy(from_logits=True)
+        loss: Any = SparseCategoricalCrossentropy(from_logits=True)
         for y_true, y_pred, error, message in (
             (LOGITS, LABELS, ValueError, "labels come first in loss"),
             (torch.eye(4)[LABELS], LOGITS, ValueError, "one-hot"),
@@ -476,6 +481,119 @@ class TestCriterion:
         criterion = SparseCategoricalCrossentropy(True, reduction="sum").as_criterion()
         again = pickle.loads(pickle.dumps(criterion))
         assert torch.equal(again(LOGITS, LABELS), criterion(LOGITS, LABELS))
+        assert type(again) is type(criterion) and again.reduction == "sum"
+
+    @BOTH
+    def test_it_is_pytorch_s_if_predictions_are_logits(self, cls):
+        """What skorch asks before it applies a softmax."""
+        for from_logits in (True, False):
+            criterion = cls(from_logits).as_criterion()
+            assert isinstance(criterion, nn.CrossEntropyLoss) == from_logits
+            assert not criterion.state_dict() and not list(criterion.parameters())
+
+    @pytest.mark.parametrize(("ours", "theirs"), [
+        ("sum_over_batch_size", "mean"), ("mean", "mean"), ("auto", "mean"), ("sum", "sum"),
+        ("none", "none"), (None, "none"), ("mean_with_sample_weight", "mean_with_sample_weight"),
+    ])  # fmt: skip
+    def test_its_reduction_has_pytorch_s_name_and_is_the_loss_s(self, ours, theirs):
+        loss = SparseCategoricalCrossentropy(from_logits=True, reduction=ours)
+        criterion = loss.as_criterion()
+        assert criterion.reduction == theirs
+        weight, other = torch.tensor([0.5, 2.0]), SparseCategoricalCrossentropy(True)
+        for name in (ours, theirs):
+            other.as_criterion().reduction = name
+            assert torch.equal(other(LABELS, LOGITS, weight), loss(LABELS, LOGITS, weight))
+        with pytest.raises(ValueError, match="reduction must be one of"):
+            criterion.reduction = "average"  # pyright: ignore
+
+    @pytest.mark.parametrize("from_logits", [True, False])
+    def test_a_reduction_that_is_set_for_one_call_and_set_back_leaves_no_trace(self, from_logits):
+        """As opacus and fastai do; they take it for a mean only if it is called one."""
+        loss = SparseCategoricalCrossentropy(from_logits, ignore_class=1)
+        criterion, q = loss.as_criterion(), LOGITS.softmax(-1)
+        before, old = loss.get_config(), criterion.reduction
+        criterion.reduction = "none"
+        each = criterion(q, LABELS)
+        criterion.reduction = old
+        assert each.shape == (2,) and each[1] == 0 and loss.get_config() == before
+        assert torch.equal(criterion(q, LABELS), each[0]) and criterion.ignore_index == 1
+
+    @BOTH
+    def test_a_reduction_in_the_call_is_that_of_the_call(self, cls):
+        loss = cls(from_logits=True)
+        y = LABELS if cls is SparseCategoricalCrossentropy else torch.eye(4)[LABELS]
+        criterion, z = loss.as_criterion(), LOGITS.clone().requires_grad_()
+        each = criterion(z, y, reduction="none")
+        each.sum().backward()
+        assert torch.equal(each, cls(True, reduction=None)(y, LOGITS)) and z.grad is not None
+        assert torch.equal(criterion(z, y, reduction="sum"), each.sum())
+        assert torch.equal(criterion(z, y, reduction="mean"), criterion(z, y))
+        assert loss.reduction == "sum_over_batch_size" and criterion.reduction == "mean"
+        with pytest.raises(ValueError, match="reduction must be one of"):
+            criterion(z, y, reduction="average")
+
+    def test_it_compiles_in_one_graph(self):
+        torch.compiler.reset()
+        criterion = SparseCategoricalCrossentropy(from_logits=True).as_criterion()
+        compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(LOGITS, LABELS), criterion(LOGITS, LABELS))
+
+
+class Weighted(SparseCategoricalCrossentropy):
+    def __init__(self, class_weight: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.class_weight = class_weight
+
+
+class TestArgumentsThatDoNotExist:
+    """The errors name ours for PyTorch's."""
+
+    @pytest.mark.parametrize(("cls", "name", "use"), [
+        (SparseCategoricalCrossentropy, "ignore_index", ": use ignore_class"),
+        (SparseCategoricalCrossentropy, "dim", ": use axis"),
+        (SparseCategoricalCrossentropy, "mask", ": use mask in the call"),
+        (SparseCategoricalCrossentropy, "weight", r": use (class_weight, or )?sample_weight in"),
+        (SparseCategoricalCrossentropy, "smoothing", "$"),
+        (Weighted, "weight", ": use class_weight, or sample_weight in the call"),
+        (Weighted, "dim", ": use axis"),
+        (CategoricalCrossentropy, "dim", ": use axis"),
+        (CategoricalCrossentropy, "ignore_index", "$"),
+        (LinearSparseCategoricalCrossentropy, "ignore_index", ": use ignore_class"),
+        (LinearSparseCategoricalCrossentropy, "dim", "$"),
+        (metrics.SparseCategoricalCrossentropy, "ignore_index", ": use ignore_class"),
+        (metrics.SparseCategoricalCrossentropy, "weight", ": use sample_weight in update_state"),
+        (metrics.CategoricalCrossentropy, "dim", ": use axis"),
+    ])  # fmt: skip
+    def test_in_a_constructor(self, cls, name, use):
+        with pytest.raises(TypeError, match=f"^{cls.__name__} has no argument '{name}'{use}"):
+            cls(**{name: 1})
+
+    @pytest.mark.parametrize(("name", "use"), [
+        ("weight", ": use sample_weight"), ("ignore_index", ": use ignore_class in the construct"),
+        ("from_logits", ": use from_logits in the constructor"), ("weights", "$"),
+    ])  # fmt: skip
+    def test_in_a_call(self, name, use):
+        loss = SparseCategoricalCrossentropy(from_logits=True)
+        compiled: Any = torch.compile(loss, backend="eager")
+        message = f"^the call of Sparse.* has no argument '{name}'{use}"
+        for call in (loss, compiled, lambda y, z, **given: loss.as_criterion()(z, y, **given)):
+            with pytest.raises(TypeError, match=message):
+                call(LABELS, LOGITS, **{name: LOGITS})
+        with pytest.raises(TypeError, match=r"^the call of Linear.* no argument 'dim'$"):
+            LinearSparseCategoricalCrossentropy()(LABELS, LOGITS, LOGITS, dim=1)  # pyright: ignore
+
+    @pytest.mark.parametrize(("function", "name", "use"), [
+        (torch_sce.sparse_categorical_crossentropy, "ignore_index", ": use ignore_class"),
+        (torch_sce.sparse_categorical_crossentropy, "dim", ": use axis"),
+        (torch_sce.sparse_categorical_crossentropy, "weight", ": use sample_weight in the call of"),
+        (torch_sce.categorical_crossentropy, "dim", ": use axis"),
+        (torch_sce.categorical_crossentropy, "ignore_index", "$"),
+        (torch_sce.linear_sparse_categorical_crossentropy, "ignore_index", ": use ignore_class"),
+    ])  # fmt: skip
+    def test_of_a_function(self, function, name, use):
+        message = f"^{function.__name__} has no argument '{name}'{use}"
+        with pytest.raises(TypeError, match=message):
+            function(LABELS, LOGITS, LOGITS, **{name: 1})
 
 
 class TestModule:

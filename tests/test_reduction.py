@@ -228,7 +228,7 @@ def test_weights_may_be_numbers_lists_and_arrays(weight):
 def test_weights_and_masks_must_hold_real_numbers():
     y, z = [0, 1], torch.zeros(2, 2)
     with pytest.raises(TypeError, match="sample_weight must hold numbers, got 'heavy'"):
-        SparseCategoricalCrossentropy()(y, z, "heavy")
+        SparseCategoricalCrossentropy()(y, z, "heavy")  # pyright: ignore
     with pytest.raises(TypeError, match=r"mask must hold real numbers, got torch\.complex"):
         SparseCategoricalCrossentropy()(y, z, mask=torch.ones(2, dtype=torch.complex64))
 

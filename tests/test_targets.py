@@ -263,7 +263,7 @@ def test_it_compiles_to_a_full_graph(from_logits):
     results = []
     for call in (loss, torch.compile(loss, fullgraph=True)):
         leaves = [x.clone().requires_grad_() for x in (t, z)]
-        value = call(*leaves, weight, mask)
+        value = call(*leaves, sample_weight=weight, mask=mask)
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     torch.testing.assert_close(*results, rtol=2e-6, atol=1e-6)
     function = torch.compile(categorical_crossentropy, fullgraph=True)

@@ -32,6 +32,7 @@ from torch_sce import (
     sparse_categorical_crossentropy,
 )
 from torch_sce.kernels import aten, cpu, cpu_targets, native, targets
+from torch_sce.options import Reduction
 from torch_sce.samples import CLIP
 
 pytestmark = pytest.mark.skipif("torch.get_default_device().type != 'cpu'")
@@ -100,12 +101,12 @@ class Problem:
     def given(self):
         return self.z, self.y, self.counted
 
-    def loss(self, reduction="none"):
+    def loss(self, reduction: Reduction = "none"):
         if self.sparse:
             return SparseCategoricalCrossentropy(self.from_logits, -1, reduction)
         return CategoricalCrossentropy(self.from_logits, reduction=reduction)
 
-    def losses(self, z, y=None, mask=None, reduction="none"):
+    def losses(self, z, y=None, mask=None, reduction: Reduction = "none"):
         """The losses of z by the module; positions that do not count by label, or by mask."""
         y = self.y if y is None else y
         if mask is None and not self.sparse:

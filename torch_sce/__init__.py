@@ -11,7 +11,7 @@ Also `CategoricalCrossentropy`, the functions and the accuracies. The metrics ar
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .accuracy import (
     categorical_accuracy,
@@ -40,8 +40,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`torch_sce.metrics`, imported on first use: torchmetrics is optional."""
-    if name == "metrics":
-        return importlib.import_module(".metrics", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from . import metrics as metrics
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`torch_sce.metrics`, imported on first use: torchmetrics is optional."""
+        if name == "metrics":
+            return importlib.import_module(".metrics", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

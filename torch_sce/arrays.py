@@ -1,17 +1,34 @@
 """Converts what a caller passes to a dense, real tensor, with errors that name the conversion."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import TypeAliasType
 
 from .options import FLOATS
 
-ArrayLike = Tensor | npt.ArrayLike  # a tensor, a number, a list, an array
+
+@runtime_checkable
+class _Array(Protocol):
+    def __array__(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class _Sequence(Protocol):
+    """Lists and tuples of numbers, arrays or such sequences."""
+
+    # No string has this method, so that none is a sequence. Pyright wants it first.
+    def __contains__(self, value: object, /) -> bool: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> "float | _Array | _Sequence": ...
+
+
+# A tensor, a number, a list, an array; `help()` shows it by its name.
+ArrayLike = TypeAliasType("ArrayLike", Tensor | int | float | _Array | _Sequence)
 
 HALVES = (torch.float16, torch.bfloat16)
 

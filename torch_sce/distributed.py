@@ -16,7 +16,7 @@ it: on the CPU they raise an error, too, elsewhere their value is NaN.
 import itertools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from torch import Tensor
 from .arrays import ArrayLike, float64_on, to_tensor
 from .kernels import is_dtensor, require_first_derivative
 from .kernels.shards import Slice, allow_graphs, find_slice
-from .options import WithOptions
+from .options import NoArguments, WithOptions
 from .reduction import numerator_and_denominator, ratio, reduce
 from .samples import Samples, values_can_be_read
 
@@ -163,8 +163,8 @@ class WithSlices(WithOptions):
     class_group: Any = None
     _found: Slice | None = None
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **others: Unpack[NoArguments]) -> None:
+        super().__init__(**others)
         self._number = next(_NUMBERS)
 
     def _slice_of(

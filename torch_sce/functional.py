@@ -1,10 +1,20 @@
 """The losses as functions: one value for each position, without weights or averages."""
 
+from typing import Unpack
+
 from torch import Tensor
 
 from .arrays import ArrayLike
 from .kernels import row_losses, target_losses
-from .options import parse_axis, parse_flag, parse_ignore_class, parse_smoothing
+from .options import (
+    CALL,
+    NoArguments,
+    parse_axis,
+    parse_flag,
+    parse_ignore_class,
+    parse_smoothing,
+    unexpected,
+)
 from .samples import prepare, prepare_targets
 
 
@@ -12,8 +22,9 @@ def sparse_categorical_crossentropy(
     y_true: ArrayLike,
     y_pred: ArrayLike,
     from_logits: bool = False,
-    ignore_class: float | None = None,
+    ignore_class: int | float | None = None,
     axis: int = -1,
+    **others: Unpack[NoArguments],
 ) -> Tensor:
     """The cross-entropy, in nats, between integer labels and predictions, one value per position.
 
@@ -48,6 +59,9 @@ def sparse_categorical_crossentropy(
     >>> [round(loss, 4) for loss in losses.tolist()]
     [0.0513, 2.3026]
     """
+    if others:
+        name, taken = "sparse_categorical_crossentropy", ["axis", "ignore_class"]
+        raise unexpected(name, others, taken, CALL, "the call of a loss")
     samples = prepare(
         y_true,
         y_pred,
@@ -62,8 +76,9 @@ def categorical_crossentropy(
     y_true: ArrayLike,
     y_pred: ArrayLike,
     from_logits: bool = False,
-    label_smoothing: float = 0.0,
+    label_smoothing: int | float = 0.0,
     axis: int = -1,
+    **others: Unpack[NoArguments],
 ) -> Tensor:
     """The cross-entropy, in nats, between targets and predictions, one value per position.
 
@@ -98,6 +113,8 @@ def categorical_crossentropy(
     >>> [round(loss, 4) for loss in losses.tolist()]
     [0.0513, 2.3026]
     """
+    if others:
+        raise unexpected("categorical_crossentropy", others, ["axis"], CALL, "the call of a loss")
     label_smoothing = parse_smoothing(label_smoothing)
     samples = prepare_targets(
         y_true,

@@ -7,7 +7,7 @@ weights, masks and averages are those of `SparseCategoricalCrossentropy(from_log
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,17 @@ from .distributed import (
 from .kernels import computes_parts, head, is_dtensor, needs_definition, row_losses, takes_operators
 from .kernels.shards import Slice, copied, shard_losses
 from .options import (
+    CALL,
+    NoArguments,
+    Reduction,
     parse_chunk_bytes,
     parse_dtype,
     parse_ignore_class,
     parse_name,
     parse_reduction,
     parse_softcap,
+    typed_as,
+    unexpected,
 )
 from .reduction import factors, numerator_and_denominator, reduce
 from .samples import Samples, dtype_of_predictions, prepare, values_can_be_read
@@ -125,16 +130,17 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
 
     def __init__(
         self,
-        ignore_class: float | None = None,
-        reduction: str | None = "sum_over_batch_size",
-        logit_softcap: float | None = None,
+        ignore_class: int | float | None = None,
+        reduction: Reduction | None = "sum_over_batch_size",
+        logit_softcap: int | float | None = None,
         name: str | None = NAME,
         dtype: Any = None,
         chunk_bytes: int | None = None,
         process_group: Any = None,
         class_group: Any = None,
+        **others: Unpack[NoArguments],
     ) -> None:
-        super().__init__()
+        super().__init__(**others)
         self.class_group = class_group
         self.ignore_class = ignore_class
         self.reduction = reduction
@@ -153,6 +159,7 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         sample_weight: ArrayLike | None = None,
         mask: ArrayLike | None = None,
         denominator: ArrayLike | None = None,
+        **others: Unpack[NoArguments],
     ) -> Tensor:
         """The loss: a scalar, or one value for each position if the reduction is "none".
 
@@ -172,8 +179,10 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         Raises:
             ValueError: shapes that do not fit, a label out of range (on the CPU, in eager mode).
             TypeError: dtypes that differ outside of autocast, labels or hidden states that are not
-                numbers of the right kind.
+                numbers of the right kind; other arguments, with ours for PyTorch's names.
         """
+        if others:
+            raise self._unexpected(others)
         group, reduction = reducing_group(self), self.reduction
         device = device_of(hidden)
         with shared_errors(group, device):
@@ -190,6 +199,11 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
             total, count = map(on_every_rank, numerator_and_denominator(*parts))
             total = attached(total)
         return group_mean(total, count, group, n, reduction).to(self.dtype)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...
 
     def denominator(
         self,
@@ -257,9 +271,10 @@ def linear_sparse_categorical_crossentropy(
     hidden: ArrayLike,
     weight: ArrayLike,
     bias: ArrayLike | None = None,
-    ignore_class: float | None = None,
-    logit_softcap: float | None = None,
+    ignore_class: int | float | None = None,
+    logit_softcap: int | float | None = None,
     chunk_bytes: int | None = None,
+    **others: Unpack[NoArguments],
 ) -> Tensor:
     """The cross-entropy, in nats, of a linear head's logits, one value per position.
 
@@ -282,6 +297,8 @@ def linear_sparse_categorical_crossentropy(
     >>> [round(loss, 4) for loss in losses.tolist()]
     [0.5514, 2.1041]
     """
+    if others:
+        raise unexpected(NAME, others, ["ignore_class"], CALL, "the call of a loss")
     given = _head(hidden, weight, bias)
     options = _Options(
         parse_ignore_class(ignore_class),

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from .distributed import (
 from .kernels import row_losses, target_losses
 from .kernels.shards import Slice, shard_losses
 from .options import (
+    MEANS,
+    NoArguments,
     Parser,
+    Reduction,
     WithOptions,
     parse_axis,
     parse_dtype,
@@ -29,6 +32,7 @@ from .options import (
     parse_name,
     parse_reduction,
     parse_smoothing,
+    typed_as,
 )
 from .reduction import reduce
 from .samples import Samples, class_axis, prepare, prepare_targets
@@ -68,6 +72,7 @@ class _Loss(WithOptions):
         sample_weight: ArrayLike | None = None,
         mask: ArrayLike | None = None,
         denominator: ArrayLike | None = None,
+        **others: Unpack[NoArguments],
     ) -> Tensor:
         """The loss: a scalar, or one value for each position if the reduction is "none".
 
@@ -90,16 +95,30 @@ class _Loss(WithOptions):
         Raises:
             ValueError: shapes that do not fit (arguments in PyTorch's order, one-hot labels, a
                 weight that would enlarge the loss), an axis out of range, a label out of range.
-            TypeError: strings, complex numbers.
+            TypeError: strings, complex numbers; other arguments, with ours for PyTorch's names.
         """
-
-        def unreduced() -> Unreduced:
-            samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
-            return self._losses(samples), samples.weight, samples.mask
-
+        if others:
+            raise self._unexpected(others)
         if self.process_group is None and denominator is None:
-            return reduce(*unreduced(), self.reduction).to(self.dtype)
-        return reduced(self, unreduced, y_pred, denominator)
+            parts = self._unreduced(y_true, y_pred, sample_weight, mask)
+            return reduce(*parts, self.reduction).to(self.dtype)
+        compute = partial(self._unreduced, y_true, y_pred, sample_weight, mask)
+        return reduced(self, compute, y_pred, denominator)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...
+
+    def _unreduced(
+        self,
+        y_true: ArrayLike,
+        y_pred: ArrayLike,
+        sample_weight: ArrayLike | None,
+        mask: ArrayLike | None,
+    ) -> Unreduced:
+        samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
+        return self._losses(samples), samples.weight, samples.mask
 
     def denominator(
         self,
@@ -163,16 +182,21 @@ class _Loss(WithOptions):
     def _losses(self, samples: Samples) -> Tensor:
         """One loss for each position, 0 for one that does not count."""
 
-    def as_criterion(self) -> nn.Module:
+    def as_criterion(self) -> "Criterion":
         """This loss as a module called with predictions first: `criterion(input, target)`.
 
-        For code that has PyTorch's order of arguments, such as skorch, ignite or fastai.
+        For code that has PyTorch's order of arguments, such as skorch, ignite, fastai or opacus.
+        Its `reduction` may be read, set, and given in a call, as opacus and fastai do. Of a loss
+        from logits, when this is called, it is an `nn.CrossEntropyLoss`: skorch's `predict_proba`
+        then applies a softmax over the last axis, otherwise none.
 
         >>> criterion = SparseCategoricalCrossentropy(from_logits=True).as_criterion()
         >>> round(criterion(torch.tensor([[2.0, 0.5, 1.0, 0.1]]), torch.tensor([2])).item(), 3)
         1.554
+        >>> isinstance(criterion, torch.nn.CrossEntropyLoss)
+        True
         """
-        return _Criterion(self)
+        return LogitsCriterion(self) if self.from_logits else Criterion(self)
 
 
 class SparseCategoricalCrossentropy(WithSlices, _Loss):
@@ -232,15 +256,16 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
     def __init__(
         self,
         from_logits: bool = False,
-        ignore_class: float | None = None,
-        reduction: str | None = "sum_over_batch_size",
+        ignore_class: int | float | None = None,
+        reduction: Reduction | None = "sum_over_batch_size",
         axis: int = -1,
         name: str | None = "sparse_categorical_crossentropy",
         dtype: Any = None,
         process_group: Any = None,
         class_group: Any = None,
+        **others: Unpack[NoArguments],
     ) -> None:
-        super().__init__()
+        super().__init__(**others)
         self.class_group = class_group
         self.from_logits = from_logits
         self.ignore_class = ignore_class
@@ -323,14 +348,15 @@ class CategoricalCrossentropy(_Loss):
     def __init__(
         self,
         from_logits: bool = False,
-        label_smoothing: float = 0.0,
+        label_smoothing: int | float = 0.0,
         axis: int = -1,
-        reduction: str | None = "sum_over_batch_size",
+        reduction: Reduction | None = "sum_over_batch_size",
         name: str | None = "categorical_crossentropy",
         dtype: Any = None,
         process_group: Any = None,
+        **others: Unpack[NoArguments],
     ) -> None:
-        super().__init__()
+        super().__init__(**others)
         self.from_logits = from_logits
         self.label_smoothing = label_smoothing
         self.axis = axis
@@ -362,12 +388,45 @@ class CategoricalCrossentropy(_Loss):
         return target_losses(samples.z, samples.y, samples.counted, samples.clip, smoothing)
 
 
-class _Criterion(nn.Module):
-    """A loss with predictions first."""
+class Criterion(nn.Module):
+    """A loss with predictions first and attributes of `nn.CrossEntropyLoss`: `as_criterion()`.
 
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
+    The loss itself, with all of its options, is `criterion.loss`.
+
+    >>> criterion = SparseCategoricalCrossentropy(ignore_class=-1).as_criterion()
+    >>> criterion.reduction, criterion.ignore_index
+    ('mean', -1)
+    >>> q, y = torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([0, 1])
+    >>> [round(x, 4) for x in criterion(q, y, reduction="none").tolist()]
+    [0.6931, 0.2877]
+    >>> criterion.reduction = "sum"
+    >>> round(criterion(q, y).item(), 4), criterion.loss.reduction
+    (0.9808, 'sum')
+    """
+
+    loss: _Loss
+
+    def __init__(self, loss: _Loss) -> None:
+        nn.Module.__init__(self)  # nn.CrossEntropyLoss's would set the options
         self.loss = loss
+
+    @property
+    def reduction(self) -> Reduction:
+        """The loss's reduction by PyTorch's name, if it has one: "mean", "sum" or "none".
+
+        Setting it, by that or by Keras's name, sets the loss's. Another is a ValueError.
+        """
+        reduction = self.loss.reduction
+        return "mean" if reduction in MEANS else reduction or "none"
+
+    @reduction.setter
+    def reduction(self, reduction: Reduction | None) -> None:
+        self.loss.reduction = MEANS[0] if reduction == "mean" else reduction
+
+    @property
+    def ignore_index(self) -> int | float | None:
+        """The loss's `ignore_class`; None if no class is ignored."""
+        return getattr(self.loss, "ignore_class", None)
 
     def forward(
         self,
@@ -376,6 +435,35 @@ class _Criterion(nn.Module):
         sample_weight: ArrayLike | None = None,
         mask: ArrayLike | None = None,
         denominator: ArrayLike | None = None,
+        reduction: Reduction | None = None,
+        **others: Unpack[NoArguments],
     ) -> Tensor:
+        """What the loss gives for `loss(target, input, sample_weight, mask, denominator)`.
+
+        Args:
+            input: predictions, (..., C); any real dtype.
+            target: labels or targets, as the loss says.
+            sample_weight, mask, denominator: as for the loss.
+            reduction: that of this call, by Keras's or PyTorch's name; None: the criterion's.
+
+        Returns:
+            The value, in the loss's dtype.
+
+        Raises:
+            ValueError: an unknown reduction; as the loss.
+            TypeError: as the loss.
+        """
+        loss = self.loss
+        if reduction is not None:
+            loss = loss._with(reduction=reduction)  # pyright: ignore[reportPrivateUsage]
         given = {} if denominator is None else {"denominator": denominator}
-        return self.loss(target, input, sample_weight, mask, **given)
+        return loss(target, input, sample_weight, mask, **given, **others)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self) -> Any: ...
+
+
+class LogitsCriterion(Criterion, nn.CrossEntropyLoss):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """That of a loss from logits."""

@@ -44,6 +44,8 @@ from . import accuracy, functional
 from .arrays import ArrayLike, to_tensor
 from .kernels import row_losses
 from .options import (
+    CALL,
+    OURS,
     family_class,
     options_in,
     parse_axis,
@@ -54,6 +56,7 @@ from .options import (
     parse_name,
     parse_smoothing,
     shown_options,
+    unexpected,
 )
 from .reduction import example_means
 from .samples import aligned, leading, over_leading_axes, prepare
@@ -95,6 +98,8 @@ class _Mean(Metric):
     full_state_update = False
 
     def __init__(self, name: str | None, dtype: Any, options: dict[str, Any], **kwargs: Any):
+        if misnamed := OURS.keys() & kwargs.keys():
+            raise unexpected(type(self).__name__, misnamed, options, CALL, "update_state")
         super().__init__(**kwargs)
         self.options = options
         self.name = name
@@ -384,7 +389,7 @@ class SparseCategoricalCrossentropy(_Mean):
         name: str | None = "sparse_categorical_crossentropy",
         dtype: Any = None,
         from_logits: bool = False,
-        ignore_class: float | None = None,
+        ignore_class: int | float | None = None,
         axis: int = -1,
         **kwargs: Any,
     ) -> None:
@@ -426,7 +431,7 @@ class CategoricalCrossentropy(_Mean):
         name: str | None = "categorical_crossentropy",
         dtype: Any = None,
         from_logits: bool = False,
-        label_smoothing: float = 0.0,
+        label_smoothing: int | float = 0.0,
         axis: int = -1,
         **kwargs: Any,
     ) -> None:

@@ -4,17 +4,27 @@ import copy
 import inspect
 import numbers
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 Parser = Callable[[Any], Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-MEANS = ("sum_over_batch_size", "mean", "auto")
-REDUCTIONS = (*MEANS, "sum", "mean_with_sample_weight", "none", None)
+Mean = Literal["sum_over_batch_size", "mean", "auto"]
+Reduction = Literal[Mean, "sum", "mean_with_sample_weight", "none"]
+MEANS = get_args(Mean)
+REDUCTIONS = (*get_args(Reduction), None)
+CALL = ("sample_weight", "mask", "denominator")  # what the call of a loss may be given
+OURS = {  # Keras's names of PyTorch's arguments
+    "dim": ["axis"],
+    "ignore_index": ["ignore_class"],
+    "weight": ["class_weight", "sample_weight"],
+}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -85,7 +95,7 @@ def _integer(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-def parse_reduction(reduction: Any) -> str | None:
+def parse_reduction(reduction: Any) -> Any:
     if not isinstance(reduction, (str, type(None))) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     return reduction
@@ -118,14 +128,44 @@ def parse_dtype(dtype: Any) -> torch.dtype:
     raise error(f"dtype must be None or one of {names}, got {dtype!r}")
 
 
+class NoArguments(TypedDict, closed=True):
+    """No arguments, to a type checker: those that are taken only for an error that names ours."""
+
+
+def unexpected(
+    what: str, others: Iterable[str], here: Collection[str], there: Collection[str], place: str
+) -> TypeError:
+    """The error about arguments that `what` does not have. It has those in `here`, `place` `there`.
+
+    >>> unexpected("a loss", ["dim"], ["axis"], CALL, "the call")
+    TypeError("a loss has no argument 'dim': use axis")
+    """
+    name = next(iter(others))
+    ours = OURS.get(name, [name])
+    hints = [x for x in ours if x in here] + [f"{x} in {place}" for x in ours if x in there]
+    hint = f": use {', or '.join(hints)}" if hints else ""
+    return TypeError(f"{what} has no argument {name!r}{hint}")
+
+
+def typed_as(function: Function) -> Callable[[Any], Function]:
+    """A decorator that gives a function to type checkers: PyTorch leaves `__call__` untyped."""
+    return lambda _: function
+
+
 class WithOptions(nn.Module):
     """A module whose options are parsed whenever they are set; to and from configs."""
 
     _options: ClassVar[dict[str, Parser]]  # in the order of the repr
     _always_shown: ClassVar[str] = ""
-    reduction: str | None
+    reduction: Reduction | None
     dtype: torch.dtype
     process_group: Any = None
+
+    def __init__(self, **others: Unpack[NoArguments]) -> None:
+        if others:
+            taken = _constructor_options(type(self), self.class_of_ours())
+            raise unexpected(type(self).__name__, others, taken, CALL, "the call")
+        super().__init__()
 
     def __setattr__(self, name: str, value: Any) -> None:
         parse = self._options.get(name)
@@ -170,6 +210,11 @@ class WithOptions(nn.Module):
         default = WithOptions.get_config(self.class_of_ours()())
         config = WithOptions.get_config(self)
         return shown_options(config, default, self._always_shown)
+
+    def _unexpected(self, others: Iterable[str]) -> TypeError:
+        """The error about arguments that a call does not have."""
+        what = f"the call of {type(self).__name__}"
+        return unexpected(what, others, CALL, self._options, "the constructor")
 
     def _with(self, **options: Any) -> Self:
         """A copy that differs in these options, of a subclass with any constructor."""

@@ -317,6 +317,7 @@ def check_class_shards_refuse():
         with pytest.raises(RuntimeError, match="differentiated twice"):
             value = torch_sce.SparseCategoricalCrossentropy(True, **options)(y, z)
             torch.autograd.grad(value, z, create_graph=True)
+    assert loss.denominator(y + n - 1, torch.Size([3, n])) == 3  # of whole predictions, too
     with pytest.raises(ValueError, match=r"always have as many classes.* 4 on this rank, got 2"):
         loss(y, z[:, :2])
     with pytest.raises(TypeError, match="explain takes whole predictions"):

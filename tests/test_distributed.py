@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import CHECKS
+from torchrun import torchrun
 
 import torch_sce
 from torch_sce import SparseCategoricalCrossentropy
@@ -19,20 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
 ]
 
-LIMIT = 240  # seconds
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 RANKS = Path(__file__).with_name("ranks.py")
-
-
-def torchrun(ranks, *arguments):
-    """The finished run; again if a thread of PyTorch's has aborted a rank that was ending."""
-    command = [*TORCHRUN, str(ranks), *map(str, arguments)]
-    done = subprocess.run(command, timeout=LIMIT, capture_output=True, text=True)
-    for _ in range(2):
-        if "terminate called without an active exception" in done.stderr:
-            done = subprocess.run(command, timeout=LIMIT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 # One worker for all that is found in one run of the ranks.
@@ -120,9 +106,12 @@ SCRIPTS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", GUIDE, re.DOTALL)
 @pytest.mark.parametrize(
     ("name", "line"),
     [("train.py", r"9 positions on 2 ranks, loss \d\.\d{4}"),
-     ("slices.py", r"(\d\.\d{4}) of slices, \1 of the whole")],
+     ("slices.py", r"(\d\.\d{4}) of slices, \1 of the whole"),
+     ("fsdp.py", r"(\d\.\d{4}) of parts, \1 of the whole"),
+     ("tensor.py", r"(\d\.\d{4}) of slices, \1 of the whole")],
 )  # fmt: skip
 def test_the_scripts_of_the_page_run(name, line, tmp_path):
     (tmp_path / name).write_text(SCRIPTS[name])
-    done = torchrun(2, tmp_path / name)
-    assert re.fullmatch(line, done.stdout.strip()), done.stdout
+    printed = torchrun(2, tmp_path / name).stdout.strip()
+    assert re.fullmatch(line, printed), printed
+    assert f"prints `{printed}`" in GUIDE

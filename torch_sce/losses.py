@@ -152,7 +152,7 @@ class _Loss(WithOptions):
         y_pred = of_shape(y_pred, y_true)
 
         def prepared() -> Samples:
-            return self._prepare(y_true, y_pred, sample_weight, mask, None)
+            return self._prepare(y_true, y_pred, sample_weight, mask, None, counts_only=True)
 
         return denominator_of(self, prepared, y_pred)
 
@@ -175,8 +175,12 @@ class _Loss(WithOptions):
         sample_weight: ArrayLike | None,
         mask: ArrayLike | None,
         dtype: torch.dtype | None,
+        counts_only: bool = False,
     ) -> Samples:
-        """The arguments as one checked value, predictions in this dtype or their own."""
+        """The arguments as one checked value, predictions in this dtype or their own.
+
+        `counts_only`: it is only asked which positions count.
+        """
 
     @abstractmethod
     def _losses(self, samples: Samples) -> Tensor:
@@ -282,8 +286,10 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         sample_weight: ArrayLike | None,
         mask: ArrayLike | None,
         dtype: torch.dtype | None,
+        counts_only: bool = False,
     ) -> Samples:
-        shard = self._slice(y_pred, self.axis)
+        has_slice = counts_only and self.class_group is not None  # whatever its size
+        shard = None if has_slice else self._slice(y_pred, self.axis)
         return prepare(
             y_true,
             y_pred,
@@ -294,6 +300,7 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
             ignore_class=self.ignore_class,
             dtype=dtype,
             classes=None if shard is None else shard.classes,
+            checks_labels=not has_slice,
         )
 
     def _losses(self, samples: Samples) -> Tensor:
@@ -372,6 +379,7 @@ class CategoricalCrossentropy(_Loss):
         sample_weight: ArrayLike | None,
         mask: ArrayLike | None,
         dtype: torch.dtype | None,
+        counts_only: bool = False,
     ) -> Samples:
         return prepare_targets(
             y_true,

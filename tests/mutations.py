@@ -101,9 +101,9 @@ MUTATIONS["halves clipped as float32 is"] = Mutation([(samples.CLIP, HALVES_AS_F
 
 
 @mistake("probabilities renormalised before the clip", kernels.row_losses)
-def _(right, z, y, counted, clip, in_range):
-    q = z if clip is None else z / z.sum(-1, keepdim=True)
-    return right(q, y, counted, clip, in_range)
+def _(right, z, *rest):
+    q = z if rest[2] is None else z / z.sum(-1, keepdim=True)
+    return right(q, *rest)
 
 
 @mistake("exclusive clip bounds", cpu.backward, aten.backward)

@@ -186,6 +186,7 @@ def check_both_groups():
     w = torch.rand(9, generator=generator, dtype=torch.float64)
     options: dict[str, Any] = {
         "ignore_class": -1, "reduction": "mean_with_sample_weight", "dtype": "float64",
+        "class_weight": {1: 2.0, 3: 0.5},
     }  # fmt: skip
     loss = torch_sce.SparseCategoricalCrossentropy(
         True, process_group=mesh.get_group("data"), class_group=mesh.get_group("classes"), **options
@@ -396,7 +397,10 @@ def check_heads():
     weight, bias = torch.randn(7, 5).double(), torch.randn(7).double()
     w = torch.rand(24).double()
     for reduction, known in product(("mean", "sum", "mean_with_sample_weight"), (True, False)):
-        options: dict[str, Any] = {"ignore_class": -1, "reduction": reduction, "dtype": "float64"}
+        options: dict[str, Any] = {
+            "ignore_class": -1, "reduction": reduction, "dtype": "float64", "label_smoothing": 0.1,
+            "class_weight": torch.linspace(0.5, 2, 7),
+        }  # fmt: skip
         loss = torch_sce.LinearSparseCategoricalCrossentropy(
             chunk_bytes=500, process_group=True, **options
         )
@@ -538,6 +542,9 @@ def check_heads_with_divided_classes_in_other_ways():
         loss(y + 4 * ranks, x, whole[part])
     with pytest.raises(ValueError, match="weight must always have as many classes"):
         loss(y, x, whole[part][:2])
+    loss.label_smoothing = 0.1
+    with pytest.raises(ValueError, match=r"label_smoothing must be 0 with class_group, got 0\.1"):
+        loss(y, x, whole[part])
 
 
 def meshes():
@@ -562,6 +569,9 @@ def check_dtensors():
     for number, (name, loss, *given) in enumerate(itertools.islice(flat_cases(), 0, None, 3)):
         choices = random.Random(number)
         mesh = choices.choice(grids)
+        if choices.random() < 0.3:
+            loss.label_smoothing = 0.1
+            loss.class_weight = torch.linspace(0.5, 2, given[1].shape[1])
         want, slopes = value_and_gradients(loss, *given)
         places: list[Any] = []
         for index, x in enumerate(given):
@@ -633,8 +643,9 @@ def check_heads_of_dtensors():
         for (case, (here, there)), turn in product(cases, range(2 if mesh.ndim == 1 else 1)):
             reduction, known, chunk = options[(2 * case + turn) % len(options)]
             loss = torch_sce.LinearSparseCategoricalCrossentropy(
-                -1, reduction, logit_softcap=4, dtype="float64", chunk_bytes=chunk
-            )
+                -1, reduction, logit_softcap=4, dtype="float64", chunk_bytes=chunk,
+                label_smoothing=0.1 * (case % 4 == 0), class_weight={2: 0.5},
+            )  # fmt: skip
             places = (here, there, [p if p == Shard(0) else Replicate() for p in there])
             spread = [dtensor(t, mesh, where) for t, where in zip(tensors, places, strict=True)]
             found: list[list[Any]] = []
@@ -652,7 +663,9 @@ def check_dtensors_and_process_group():
     """Positions of each row of the mesh its own, classes or hidden states divided along it."""
     if dist.get_world_size() < 4:
         return
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    mesh = init_device_mesh(
+        "cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "classes")
+    )
     row, ranks = mesh.get_local_rank("data"), mesh["classes"]
     generator = torch.Generator().manual_seed(4)
     z, w, y = (torch.randn(8, 6), torch.rand(8), torch.randint(-1, 6, (8,)))
@@ -727,6 +740,24 @@ def check_compiled_dtensors():
                 found = compiled(*given)
                 torch.testing.assert_close(local(found), local(function(*given)))
             dist.barrier()
+
+
+def check_options():
+    """At PyTorch's debug level DETAIL other options are an error on all ranks."""
+    rank, y, z = dist.get_rank(), torch.zeros(4, dtype=torch.long), torch.ones(4, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_sce.distributed._compares_ranks", lambda: True)
+        groups: tuple[dict[str, Any], ...] = ({"process_group": True}, {"class_group": True})
+        for group in groups:
+            loss = torch_sce.SparseCategoricalCrossentropy(rank != 1, -1, "sum", **group)
+            with pytest.raises(ValueError, match=r"from_logits must be the same .*True, False"):
+                loss(y, z)
+            loss = torch_sce.SparseCategoricalCrossentropy(True, -1, "sum", **group)
+            assert loss(y, z) == loss(y, z)
+            assert pickle.loads(pickle.dumps(loss))(y, z) == loss(y, z)
+        loss = torch_sce.SparseCategoricalCrossentropy(True, class_group=True)
+        with pytest.raises(ValueError, match=r"numel\(\) / C must be the same.*\[4, 3"):
+            loss(y[: 4 - (rank == 1)], z[: 4 - (rank == 1)])
 
 
 def check_compiled():

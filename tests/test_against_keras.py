@@ -1,12 +1,18 @@
 """The live tf.keras, on the same tensors. Nothing here is skipped: without TensorFlow it fails."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import test_losses
+import torch
 from conftest import make_case
 
+import torch_sce
 from torch_sce import SparseCategoricalCrossentropy
-from torch_sce.crosscheck.answers import ours
+from torch_sce.crosscheck.answers import Answer, ours
 from torch_sce.crosscheck.bounds import SLACK, UNIT, growth
 from torch_sce.crosscheck.cases import command
 from torch_sce.crosscheck.command import CASES, SEED
@@ -71,6 +77,91 @@ def test_random_tensors_and_targets(keras, shape, from_logits, reduction):
     agrees(keras, hot, y_pred, **options)
     agrees(keras, soft, y_pred, weight, label_smoothing=0.1, **options)
     agrees(keras, hot.astype(np.int64), y_pred, None, weight < 0.7, **options)
+
+
+@pytest.mark.parametrize("reduction", ("sum_over_batch_size", "none"))
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_smoothed_labels_are_keras_s_smoothed_one_hot_targets(keras, shape, from_logits, reduction):
+    """Also of probabilities that do not sum to 1, of which some are clipped."""
+    rng = np.random.default_rng(0)
+    y_pred = (4 * rng.standard_normal(shape)).astype(np.float32)
+    if not from_logits:
+        y_pred = np.maximum(np.exp(y_pred) - 0.01, 0)
+    y_true = rng.integers(0, shape[-1], shape[:-1])
+    mask = rng.random(shape[:-1]) < 0.7
+    options = {"from_logits": from_logits, "reduction": reduction, "label_smoothing": 0.1}
+    upstream = rng.standard_normal(y_true.size + 1).astype(np.float32)
+    hot = np.eye(shape[-1], dtype=np.int64)[y_true]
+    case = make_case(hot, y_pred, None, mask, upstream, name="CategoricalCrossentropy", **options)
+    (answer,) = keras.answers([case])
+    # The case with labels; what is right, and how far off it may be, is that of the targets.
+    leaf = torch.tensor(y_pred, requires_grad=True)
+    loss = SparseCategoricalCrossentropy(ignore_class=-1, **options)
+    value = loss(np.where(mask, y_true, -1), leaf)
+    value.backward(torch.tensor(upstream[: value.numel()]).view(value.shape))
+    assert leaf.grad is not None
+    mine = Answer(value.detach().numpy(), "float32", leaf.grad.numpy(), "float32")
+    verdict = judge(case, answer, mine)
+    assert verdict.outcome == AGREES, str(verdict)
+
+
+FIT = """
+import json, sys
+import keras, numpy as np
+
+found = []
+for name, y, z, class_weight, reduction in json.load(sys.stdin):
+    y, z = np.array(y), np.array(z, "f")
+    inputs = keras.Input(z.shape[1:])
+    dense = keras.layers.Dense(z.shape[-1], use_bias=False)
+    model = keras.Model(inputs, dense(inputs))
+    dense.set_weights([np.eye(z.shape[-1], dtype="f")])  # gives back what it gets
+    loss = getattr(keras.losses, name)(from_logits=True, reduction=reduction)
+    model.compile(keras.optimizers.SGD(1.0), loss)
+    class_weight = {int(label): weight for label, weight in class_weight.items()}
+    try:
+        history = model.fit(z, y, batch_size=len(z), verbose=0, class_weight=class_weight).history
+        step = np.eye(z.shape[-1]) - dense.get_weights()[0]
+        found.append([history["loss"][0], step.tolist()])
+    except Exception as error:
+        found.append(type(error).__name__)
+print(json.dumps(found))
+"""
+
+
+def fitted(*calls):
+    """For each call what `fit` reports, and the gradient of the weights; or the error it raises."""
+    line = [sys.executable, "-c", FIT]
+    given = json.dumps(calls, default=np.ndarray.tolist)
+    done = subprocess.run(line, input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_class_weights_are_those_of_fit():
+    rng = np.random.default_rng(0)
+    y, z = rng.integers(0, 4, 30), rng.standard_normal((30, 4)).astype(np.float32)
+    sparse, dense = "SparseCategoricalCrossentropy", "CategoricalCrossentropy"
+    kinds = [(sparse, y), (sparse, y[:, None]), (dense, np.eye(4)[y]),
+             (dense, rng.dirichlet([1, 1, 1, 1], 30))]  # fmt: skip
+    calls = [
+        (name, labels, z, weights, reduction)
+        for name, labels in kinds
+        for weights in ({0: 0.5, 1: 3.0, 2: 1.5, 3: 2.0}, {1: 3.0}, {2: -2.0})
+        for reduction in ("sum_over_batch_size", "mean_with_sample_weight")
+    ]
+    for call, (reported, step) in zip(calls, fitted(*calls), strict=True):
+        name, labels, _, weights, reduction = call
+        loss = getattr(torch_sce, name)(True, reduction=reduction, class_weight=weights)
+        kernel = torch.eye(4, requires_grad=True)
+        value = loss(labels, torch.tensor(z) @ kernel)
+        value.backward()
+        # Both add up 30 weighted losses in float32, in some order.
+        assert value.item() == pytest.approx(reported, rel=1e-5, abs=1e-5), call
+        assert kernel.grad is not None
+        np.testing.assert_allclose(kernel.grad, step, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

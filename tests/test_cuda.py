@@ -10,6 +10,7 @@ from ulps import ulps
 
 from torch_sce import kernels
 from torch_sce.kernels import cuda, cuda_targets, targets
+from torch_sce.kernels.contract import SmoothedLabels
 from torch_sce.kernels.cuda import LONG, PROGRAMS, TILE, WIDE, Tile, choose_tile, rows_of
 
 
@@ -405,3 +406,43 @@ def test_targets_that_triton_may_not_read_take_any_device_s_path(monkeypatch):
     assert kernels.target_kernels(z, z.half()) is cuda_targets
     assert kernels.target_kernels(z, z.bool()) is cuda_targets
     assert kernels.target_kernels(z, z.to(torch.float8_e4m3fn)) is targets
+
+
+def smoothed_rows(shape, model):
+    """Predictions, labels, those as targets, an upstream gradient, and which rows count."""
+    z, _, g = rows(shape[-1], model, shape[:-1])
+    y = torch.arange(g.numel()).view(g.shape) % shape[-1]
+    counted = torch.ones_like(y, dtype=torch.bool)
+    counted[0], y[0], z[0] = False, -1, torch.nan
+    return z, y, torch.nn.functional.one_hot(y.clamp(0), shape[-1]), g, counted
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, first])
+@pytest.mark.parametrize("classes", FEW_AND_MANY)
+def test_smoothed_labels_have_the_bits_of_one_hot_targets(classes, layout, model, small_tiles):
+    z, y, hot, g, counted = smoothed_rows((2, 3, 2, classes), model)
+    options, needs = (counted, MODELS[model], 0.1), (True, False)
+    loss, dz, _ = both_passes(g, (layout(z), y, *options), needs)
+    want, want_dz, _ = both_passes(g, (layout(z), hot, *options), needs)
+    assert torch.equal(loss, want) and torch.equal(dz, want_dz)
+    assert (loss[0] == 0).all() and not loss.isnan().any() and not dz.isnan().any()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_of_smoothed_labels_may_be_written_over_their_predictions(model, small_tiles):
+    z, y, _, g, counted = smoothed_rows((5, 50), model)
+    module, given = SmoothedLabels(cuda_targets, 0.1), (y, counted, MODELS[model], False)
+    _, saved = module.forward(z, *given)
+    want = module.backward(g, z, *given, saved)
+    assert torch.equal(module.backward(g, z, *given, saved, z), want)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_smoothed_label_that_is_no_class_poisons_its_row(model):
+    z, y, g = rows(7, model, (4,))
+    y[1], y[3] = 7, -1
+    loss, dz, _ = both_passes(g, (z, y, None, MODELS[model], 0.1), (True, False))
+    poisoned = torch.tensor([False, True, False, True])
+    assert torch.equal(loss.isnan(), poisoned) and torch.equal(dz.isnan().all(-1), poisoned)
+    assert torch.equal(dz.isnan().any(-1), poisoned)

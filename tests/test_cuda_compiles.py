@@ -87,11 +87,12 @@ def test_every_kernel_of_targets_compiles(tile, clip, capability, dtype):
     given = (dtype, shape, clip, ones, capability, dtype)
     part = tile == "part of a row"
     for absent in ({}, {"dz": None}, {"dt": None, "counted": None}):
-        backward = compiled(cuda_targets._backward, *given, SAME=not absent, **absent)
+        options = {"SAME": not absent, "LABELS": False, **absent}
+        backward = compiled(cuda_targets._backward, *given, **options)
         if part:  # targets are not read for a gradient of their own alone
             assert _vectors_in(backward, "ld") == (1 if "dz" in absent else 2) * _vectors(dtype)
             assert _vectors_in(backward, "st") == (1 if absent else 2) * _vectors(dtype)
-    forward = compiled(cuda_targets._forward, *given)
+    forward = compiled(cuda_targets._forward, *given, LABELS=False)
     # An inexact quotient could be on the other side of a bound.
     assert ("div.rn" in forward) == ("div.rn" in backward) == (clip is not None)
     if part:  # probabilities are read twice
@@ -103,9 +104,24 @@ def test_targets_of_every_dtype_compile(targets):
     shape, ones = TILES["rows"]
     for clip in (None, (1e-7, 1.0)):
         given = ("bf16", shape, clip, ones, 80, targets)
-        assert compiled(cuda_targets._forward, *given, counted=None)
+        options = {"LABELS": False, "counted": None}
+        assert compiled(cuda_targets._forward, *given, **options)
         absent = {} if targets.startswith("fp") else {"dt": None}
-        assert compiled(cuda_targets._backward, *given, SAME=False, **absent)
+        assert compiled(cuda_targets._backward, *given, SAME=False, LABELS=False, **absent)
+
+
+@pytest.mark.parametrize("clip", [None, (1e-7, 1.0)], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("tile", TILES)
+def test_kernels_of_smoothed_labels_compile(tile, clip):
+    shape, ones = TILES[tile]
+    given = ("bf16", shape, clip, ones, 90, "i64")
+    for counted in ({}, {"counted": None}):
+        forward = compiled(cuda_targets._forward, *given, LABELS=True, **counted)
+        options = {"SAME": False, "LABELS": True, "dt": None, **counted}
+        backward = compiled(cuda_targets._backward, *given, **options)
+    if tile == "part of a row":  # nothing is read but the predictions
+        assert _vectors_in(forward, "ld") == (1 if clip is None else 2) * _vectors("bf16")
+        assert _vectors_in(backward, "ld") == _vectors("bf16")
 
 
 def _vectors_in(ptx, operation):

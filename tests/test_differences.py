@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_against_keras import fitted
 
 from torch_sce import (
     CategoricalCrossentropy,
@@ -385,6 +386,32 @@ def test_smoothing_out_of_range_is_refused(ask, smoothing):
     assert ask(HOT, P, label_smoothing=smoothing, **DENSE).error is None
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]"):
         CategoricalCrossentropy(label_smoothing=smoothing)
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_class_weights_are_those_of_each_position_s_label():
+    """Keras's `fit` looks for the largest label along the time, and broadcasts what it finds."""
+    z = np.random.default_rng(0).standard_normal((3, 3, 3)).astype(np.float32)
+    y = np.array([[0, 1, 2], [2, 2, 0], [1, 0, 0]])
+    weights = {0: 1.0, 1: 5.0, 2: 10.0}
+    name, mean = "SparseCategoricalCrossentropy", "sum_over_batch_size"
+    dense = ("CategoricalCrossentropy", np.eye(3)[y], z, weights, mean)
+    square, other, hot, extra = fitted(
+        (name, y, z, weights, mean), (name, y[:2], z[:2], weights, mean), dense,
+        (name, y[0], z[0], {**weights, 3: 2.0}, mean),
+    )  # fmt: skip
+    assert other == "ValueError" or other == "InvalidArgumentError"
+    assert hot == "TypeError" and isinstance(extra, list)
+    table = np.array([1.0, 5.0, 10.0], np.float32)
+    loss = Loss(True, class_weight=weights)
+    assert loss(y, z).item() == pytest.approx(Loss(True)(y, z, table[y]).item())
+    found = CategoricalCrossentropy(True, class_weight=weights)(np.eye(3)[y], z)
+    assert found.item() == pytest.approx(loss(y, z).item())
+    along_time = np.broadcast_to(table[y.argmax(-1)], (3, 3))
+    assert square[0] == pytest.approx(Loss(True)(y, z, along_time.copy()).item(), rel=1e-5)
+    assert abs(square[0] / loss(y, z).item() - 1) > 0.05
+    with pytest.raises(ValueError, match=r"class_weight must have classes in \[0, 3\) as keys"):
+        Loss(True, class_weight={**weights, 3: 2.0})(y[0], z[0])
 
 
 def test_there_is_no_crossentropy_of_no_classes(ask):

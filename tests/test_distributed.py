@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,37 @@ def failed(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CHECKS)
 def test_ranks_have_the_value_and_the_gradients_of_one_process(name, failed):
     assert name not in failed, failed[name]
+
+
+KILLED = """
+import os, signal, sys, torch, torch.distributed as dist, torch_sce
+rank, store, group = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+loss = torch_sce.SparseCategoricalCrossentropy(True, **{group: True})
+y, z = torch.zeros(4, dtype=torch.long), torch.zeros(4, 3)
+loss(y, z)
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+print("a value:", loss(y, z))
+"""
+
+
+@pytest.mark.parametrize("group", ["process_group", "class_group"])
+def test_where_a_rank_is_killed_the_others_end_with_an_error(group, tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, rank, str(tmp_path / "store"), group],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        out, error = ranks[0].communicate(timeout=60)  # far less than PyTorch's own 30 minutes
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 1 and "a value" not in out and "RuntimeError" in error
 
 
 def test_true_is_one_process_where_there_are_no_others():

@@ -102,7 +102,10 @@ def calls(draw):
     y_pred = np.moveaxis(generator.random((*shape, classes)), -1, axis)
     if draw(st.booleans()):
         loss = SparseCategoricalCrossentropy(
-            ignore_class=draw(st.sampled_from([None, 0, -1])), **options
+            ignore_class=draw(st.sampled_from([None, 0, -1])),
+            label_smoothing=draw(st.sampled_from([0.0, 0.1])),
+            class_weight=draw(st.sampled_from([None, {0: 2.0}])),
+            **options,
         )
         y_true = generator.integers(0, classes, shape)
     else:
@@ -269,6 +272,7 @@ BIAS = torch.tensor(rng.standard_normal(10), dtype=torch.float32)
     {"reduction": "mean_with_sample_weight", "ignore_class": 0},
     {"reduction": "none", "logit_softcap": 2.0},
     {"reduction": "sum", "logit_softcap": 0.5, "dtype": "float64"},
+    {"label_smoothing": 0.1, "class_weight": {3: 2.0}},
 ])  # fmt: skip
 def test_a_linear_head_is_explained_as_the_loss_of_its_logits(options):
     weights, mask = torch.linspace(0, 2, 64), torch.arange(64) % 5 != 0
@@ -361,6 +365,25 @@ def test_targets_show_the_class_with_the_largest(from_logits):
         found.positions["probability"], sparse.positions["probability"], 1e-6
     )
     assert wrong(found) == []
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_smoothing_and_class_weights_are_shown(from_logits):
+    y_pred = LOGITS if from_logits else PROBABILITIES
+    plain = explain(SparseCategoricalCrossentropy(from_logits), LABELS, y_pred)
+    weights = torch.linspace(0.5, 1.5, 10)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "class_weight": weights}
+    loss = SparseCategoricalCrossentropy(from_logits, **options)
+    found = explain(loss, LABELS, y_pred)
+    assert found.value is not None and torch.equal(found.value, loss(LABELS, y_pred))
+    for key in ("label", "rank"):
+        np.testing.assert_array_equal(found.positions[key], plain.positions[key])
+    np.testing.assert_allclose(found.positions["probability"], plain.positions["probability"], 1e-6)
+    np.testing.assert_array_equal(found.positions["weight"], weights[LABELS].double().numpy())
+    lines = str(found).splitlines()
+    assert "  label_smoothing 0.1: spread over the 10 classes evenly" in lines
+    assert "  class_weight: a position's weight is multiplied by that of its class" in lines
+    assert "-log p" not in str(found) and wrong(found) == []
 
 
 def test_what_does_not_count_is_shown_as_such():

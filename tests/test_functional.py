@@ -12,6 +12,7 @@ from ulps import ulps
 from torch_sce import (
     CategoricalCrossentropy,
     SparseCategoricalCrossentropy,
+    categorical_crossentropy,
     sparse_categorical_crossentropy,
 )
 from torch_sce.crosscheck.reference import right
@@ -161,6 +162,18 @@ def test_ignore_class_is_compared_before_labels_are_truncated():
     losses = sparse_categorical_crossentropy(y, z, True, ignore_class=1)
     want = sparse_categorical_crossentropy(torch.tensor([1, 0]), z[[0, 2]], True)
     assert torch.equal(losses, torch.stack([want[0], torch.zeros(()), want[1]]))
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_labels_may_be_smoothed(from_logits):
+    z, y = predictions((4, 5, 3)).sigmoid(), labels((4, 3), 5)
+    y[1, 2] = 9
+    found = sparse_categorical_crossentropy(y, z, from_logits, 9, 1, 0.3)
+    hot = torch.nn.functional.one_hot(y.where(y != 9, 0), 5).movedim(-1, 1)
+    want = categorical_crossentropy(hot, z, from_logits, 0.3, 1)
+    assert found[1, 2] == 0 and torch.equal(found, want.where(y != 9, 0))
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got 1.5"):
+        sparse_categorical_crossentropy(y, z, label_smoothing=1.5)
 
 
 @pytest.mark.parametrize("convert", [np.asarray, np.ndarray.tolist, torch.from_numpy])

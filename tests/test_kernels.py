@@ -15,7 +15,7 @@ from ulps import ulps
 from torch_sce import kernels
 from torch_sce.crosscheck.reference import from_logits, from_probabilities
 from torch_sce.kernels import aten
-from torch_sce.kernels.contract import Summary, loss_of, merge, sums
+from torch_sce.kernels.contract import Summary, loss_of, sums
 from torch_sce.samples import CLIP
 
 # One: nothing to choose; 2: the least; 7: no power of two; many: several vectors and tiles.
@@ -580,8 +580,13 @@ def slices(z, y, cut, clip):
     return [aten.summarize(z[..., start:stop], y - start, clip) for start, stop in cut]
 
 
+def merge(*parts):
+    return aten.merge(Summary(*map(torch.stack, zip(*parts, strict=True))))
+
+
 def both_ways(parts):
-    """The slices merged from the first to the last, and from the last to the first."""
+    """All slices merged at once, and two at a time, from the first to the last and back."""
+    yield merge(*parts)
     yield reduce(merge, parts)
     yield reduce(lambda last, part: merge(part, last), reversed(parts))
 

@@ -21,6 +21,7 @@ from torch_sce import (
     LinearSparseCategoricalCrossentropy,
     SparseCategoricalCrossentropy,
     linear_sparse_categorical_crossentropy,
+    sparse_categorical_crossentropy,
 )
 from torch_sce import linear as linear_module
 from torch_sce.kernels import head
@@ -793,10 +794,10 @@ def test_compiled_code_has_nan_for_a_bad_label_and_needs_none():
 @ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operators_are_declared_as_they_are(dtype):
-    for softcap, masked, bias in ((None, False, True), (2.0, True, False)):
+    for softcap, masked, bias, smoothing in ((None, False, True, 0.0), (2.0, True, False, 0.1)):
         p = problem(dtype=dtype, bias=bias)
         counted = torch.arange(11) % 3 != 1 if masked else None
-        options = (p.y, counted, softcap, dtype, torch.float32, 500, False)
+        options = (p.y, counted, softcap, dtype, torch.float32, 500, False, None, [], smoothing)
         q = leaves(p)
         library.opcheck(head.losses, (q.hidden, q.weight, q.bias, *options))
         for needs in ([True, True, bias], [False, True, False], [True, False, False]):
@@ -937,6 +938,58 @@ def test_a_subclass_of_tensor_takes_pytorch_s_operations(monkeypatch):
 # Errors
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_smoothing_and_class_weights_are_those_of_the_unfused_loss(
+    reduction, known, softcap, path, monkeypatch
+):
+    """Rows of many chunks, some ignored; gradients with the loss, or in the backward pass."""
+    take_path(path, monkeypatch)
+    p = problem((3, 5), dtype=torch.float64, bias=True, weighted=True, ignored=True)
+    options: dict[str, Any] = {
+        "ignore_class": -1, "reduction": reduction, "dtype": "float64", "label_smoothing": 0.1,
+        "class_weight": torch.linspace(0, 3, 13),
+    }  # fmt: skip
+    linear = LinearSparseCategoricalCrossentropy(logit_softcap=softcap, chunk_bytes=500, **options)
+    unfused = SparseCategoricalCrossentropy(True, **options)
+
+    def call(y, hidden, weight, bias, *rest):
+        z = F.linear(hidden, weight, bias)
+        return unfused(y, z if softcap is None else softcap * (z / softcap).tanh(), *rest)
+
+    needs = ("hidden", "weight", "bias") if known else GIVEN
+    p = replace(p, options={"reduction": reduction})
+    found, want = results(p, needs, linear), results(p, needs, call)
+    for name, value in vars(want).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-12, atol=1e-14)
+    if reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+        n = linear.denominator(p.y, p.hidden, p.sample_weight)
+        z = p.hidden @ p.weight.T
+        assert torch.equal(n, unfused.denominator(p.y, z, p.sample_weight))
+        half = linear(p.y, p.hidden, p.weight, p.bias, p.sample_weight, denominator=2 * n)
+        torch.testing.assert_close(half, found.value / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_function_smooths_labels(dtype):
+    p = problem(dtype=dtype)
+    z = F.linear(p.hidden, p.weight)
+    found = linear_sparse_categorical_crossentropy(p.y, p.hidden, p.weight, label_smoothing=0.1)
+    want = sparse_categorical_crossentropy(p.y, z, True, label_smoothing=0.1)
+    torch.testing.assert_close(found, want)
+
+
+@ON_CPU
+@COMPILES
+def test_compiled_code_smooths_labels():
+    p = problem(label_smoothing=0.1, class_weight={2: 3.0}, reduction="sum")
+    z = F.linear(p.hidden, p.weight)
+    want = SparseCategoricalCrossentropy(True, **p.options)(p.y, z)
+    torch.testing.assert_close(compiled(p.loss())[0](p.y, p.hidden, p.weight), want)
+
+
 BAD = {
     "a kernel of Keras": (
         lambda p: {"weight": p.weight.t().contiguous()}, ValueError,
@@ -993,6 +1046,14 @@ BAD = {
         r"^y_true must have the shape of y_pred without its class axis, \(11,\), got \(10,\)"
         r".* Here y_pred is hidden @ weight\.T\.$",
     ),
+    "class weights": (
+        lambda p: {"options": {"class_weight": [1.0, 2.0]}}, ValueError,
+        "^class_weight must have one weight for each of the 13 classes, got 2",
+    ),
+    "a class weight": (
+        lambda p: {"options": {"class_weight": {13: 2.0}}}, ValueError,
+        r"^class_weight must have classes in \[0, 13\) as keys, got 13",
+    ),
     "a mask": (
         lambda p: {"mask": torch.ones(12)}, ValueError,
         r"^mask must broadcast to the losses' shape \(11,\), got \(12,\)",
@@ -1017,7 +1078,7 @@ def test_bad_input_is_refused_before_anything_is_computed(case, monkeypatch):
     for reduction in ("mean", "none"):
         with pytest.raises(error, match=message):
             p.loss(reduction=reduction)(*given, sample_weight=p.sample_weight, mask=p.mask)
-    if p.mask is None and p.sample_weight is None:
+    if p.mask is None and p.sample_weight is None and not p.options:
         with pytest.raises(error, match=message):
             linear_sparse_categorical_crossentropy(*given)
 
@@ -1033,6 +1094,7 @@ def test_bad_input_is_refused_before_anything_is_computed(case, monkeypatch):
     ({"chunk_bytes": 1e6}, TypeError, "^chunk_bytes must be an integer, got 1000000.0"),
     ({"chunk_bytes": True}, TypeError, "got True"),
     ({"ignore_class": "void"}, TypeError, "^ignore_class must be a number or None, got 'void'"),
+    ({"label_smoothing": 2}, ValueError, r"^label_smoothing must be in \[0, 1\], got 2"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_by_class_and_function_and_on_assignment(options, error, message):
     with pytest.raises(error, match=message):
@@ -1054,7 +1116,7 @@ def test_wrong_options_are_refused_by_class_and_function_and_on_assignment(optio
 
 OPTIONS: dict[str, Any] = {
     "ignore_class": -1, "reduction": "sum", "logit_softcap": 30.0, "name": "n", "dtype": "float64",
-    "chunk_bytes": 1000,
+    "chunk_bytes": 1000, "label_smoothing": 0.1, "class_weight": {3: 2.0},
 }  # fmt: skip
 
 
@@ -1062,6 +1124,7 @@ def test_a_config_round_trips():
     assert LinearSparseCategoricalCrossentropy().get_config() == {
         "ignore_class": None, "reduction": "sum_over_batch_size", "logit_softcap": None,
         "name": "linear_sparse_categorical_crossentropy", "dtype": "float32", "chunk_bytes": None,
+        "label_smoothing": 0.0,
     }  # fmt: skip
     loss = LinearSparseCategoricalCrossentropy(**OPTIONS)
     assert loss.get_config() == OPTIONS
@@ -1076,8 +1139,9 @@ def test_a_config_round_trips():
 def test_its_repr_names_what_is_not_default():
     assert repr(LinearSparseCategoricalCrossentropy()) == "LinearSparseCategoricalCrossentropy()"
     assert repr(LinearSparseCategoricalCrossentropy(**OPTIONS)) == (
-        "LinearSparseCategoricalCrossentropy(ignore_class=-1, reduction='sum', logit_softcap=30.0, "
-        "name='n', dtype='float64', chunk_bytes=1000)"
+        "LinearSparseCategoricalCrossentropy(ignore_class=-1, label_smoothing=0.1, "
+        "reduction='sum', logit_softcap=30.0, name='n', dtype='float64', chunk_bytes=1000, "
+        "class_weight={3: 2.0})"
     )
 
 

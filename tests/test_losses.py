@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import torch_sce
@@ -63,13 +65,14 @@ class TestOptions:
         loss = SparseCategoricalCrossentropy(True, -1, "sum", 1, "mine", "float64")
         assert loss.get_config() == {
             "from_logits": True, "ignore_class": -1, "reduction": "sum", "axis": 1, "name": "mine",
-            "dtype": "float64",
+            "dtype": "float64", "label_smoothing": 0.0,
         }  # fmt: skip
 
     @pytest.mark.parametrize(
         "options",
         [{}, {"from_logits": True, "ignore_class": 255, "reduction": None, "axis": 1,
-              "name": "x", "dtype": "bfloat16"}],
+              "name": "x", "dtype": "bfloat16"},
+         {"label_smoothing": 0.1, "class_weight": {1: 2.0}}, {"class_weight": torch.rand(9)}],
     )  # fmt: skip
     def test_a_config_round_trips(self, options):
         loss = SparseCategoricalCrossentropy(**options)
@@ -113,6 +116,14 @@ class TestOptions:
         ({"from_logits": "False"}, TypeError, "from_logits must be True or False, got 'False'"),
         ({"from_logits": LABELS}, TypeError, "options are given where"),
         ({"smoothing": 0.1}, TypeError, "smoothing"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        ({"class_weight": 2.0}, ValueError, r"class_weight must have .* \(C,\), .* shape \(\)"),
+        ({"class_weight": [[1, 2]]}, ValueError, r"a dict {class: weight}, got .* \(1, 2\)"),
+        ({"class_weight": ["a"]}, TypeError, "class_weight must hold numbers"),
+        ({"class_weight": {"cat": 2.0}}, ValueError, "as keys, .* got {'cat': 2.0}"),
+        ({"class_weight": {1.5: 2.0}}, ValueError, "got {1.5: 2.0}"),
+        ({"class_weight": {-1: 2.0}}, ValueError, "from 0 on, as keys, .* got {-1: 2.0}"),
+        ({"class_weight": {1: "a"}}, ValueError, "numbers as weights, got {1: 'a'}"),
         ({"name": 3}, TypeError, "name must be a string or None, got 3"),
         ({"name": LABELS}, TypeError, "name must be a string or None, got a tensor: options are"),
     ])  # fmt: skip
@@ -129,7 +140,7 @@ class TestOptions:
         ({"class_name": "Dense", "config": {}}, ValueError, "Sparse.*, got one of a Dense"),
         ({"class_name": ["x"], "config": {}}, ValueError, r"got one of a \['x'\]"),
         ({"config": {"config": {}}}, ValueError, r"has no options \['config'\]"),
-        ({"label_smoothing": 0.1}, ValueError, r"\['label_smoothing'\], only \['from_logits'"),
+        ({"smoothing": 0.1}, ValueError, r"\['smoothing'\], only \['from_logits'"),
         ({"registered_name": None}, ValueError, r"no options \['registered_name'\]"),
         ({"self": 1}, ValueError, r"no options \['self'\]"),
         ({1: 2}, ValueError, r"no options \[1\]"),
@@ -217,15 +228,15 @@ class TestOptionsSetLater:
             setattr(loss, name, value)
         assert loss.get_config() == before and not list(loss.parameters())
 
-    def test_label_smoothing_is_an_option_where_there_are_targets(self):
+    def test_what_is_no_option_is_an_attribute_like_any_other(self):
         loss = CategoricalCrossentropy()
         loss.label_smoothing = 1
         assert loss.label_smoothing == 1.0 and type(loss.label_smoothing) is float
         with pytest.raises(ValueError, match="label_smoothing must be in"):
             loss.label_smoothing = 2
-        other: Any = SparseCategoricalCrossentropy()
-        other.label_smoothing = "an attribute like any other"
-        assert "label_smoothing" not in other.get_config()
+        other: Any = loss
+        other.ignore_class = "void"
+        assert "ignore_class" not in other.get_config()
 
     def test_it_takes_effect_in_the_next_call(self):
         loss: Any = SparseCategoricalCrossentropy()
@@ -265,8 +276,8 @@ class TestOptionsSetLater:
         names = ("from_logits", "ignore_class", "reduction", "axis", "name", "dtype")
         loss.__setstate__(loss.__dict__ | {name: getattr(want, name) for name in names})
         assert loss.get_config() == want.get_config()
-        groups = {"process_group", "class_group"}  # later options, None where they are missing
-        assert vars(loss).keys() | groups == vars(want).keys()
+        later = {"process_group", "class_group", "label_smoothing", "class_weight"}
+        assert vars(loss).keys() | later == vars(want).keys()
 
 
 class Tempered(SparseCategoricalCrossentropy):
@@ -624,6 +635,11 @@ class TestModule:
             "SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1, reduction='sum', "
             "axis=1, name='n', dtype='float64')"
         )
+        loss = SparseCategoricalCrossentropy(label_smoothing=0.1, class_weight=torch.ones(999))
+        assert repr(loss) == (
+            "SparseCategoricalCrossentropy(from_logits=False, label_smoothing=0.1, "
+            "class_weight=[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ...])"
+        )
 
     def test_no_grad_and_inference_mode_give_the_same_value(self):
         loss = SparseCategoricalCrossentropy(from_logits=True)
@@ -795,3 +811,128 @@ class TestCompiler:
         y, z = torch.randint(0, 5, (6, 7)), torch.randn(6, 7, 5)
         y[2, 3] = -1
         torch.testing.assert_close(exported.module()(y, z), Step()(y, z))
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 3.0])
+
+
+@pytest.fixture
+def sequences():
+    """Labels (B, T) with some to ignore, logits (B, T, C), and weights."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    y = torch.randint(-1, 4, (3, 3), generator=generator)
+    z, w = torch.randn(3, 3, 4, generator=generator), torch.rand(3, 1, generator=generator)
+    return y, z, w
+
+
+class TestSmoothedLabels:
+    @pytest.mark.parametrize("from_logits", [True, False])
+    @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", None])
+    def test_they_are_smoothed_one_hot_targets(self, sequences, from_logits, reduction):
+        y, z, w = sequences
+        z = z if from_logits else z.sigmoid()  # not normalised
+        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.2, "axis": 1}
+        sparse = SparseCategoricalCrossentropy(from_logits, -1, **options)
+        hot = torch.nn.functional.one_hot(y.clamp(0), 4).movedim(-1, 1)
+        leaf, other = (z.movedim(-1, 1).clone().requires_grad_() for _ in range(2))
+        value = sparse(y, leaf, w)
+        want = CategoricalCrossentropy(from_logits, **options)(hot, other, w, y != -1)
+        assert torch.equal(value, want)
+        value.sum().backward()
+        want.sum().backward()
+        assert leaf.grad is not None and torch.equal(leaf.grad, other.grad)
+
+    def test_it_is_not_where_name_and_dtype_are(self):
+        with pytest.raises(TypeError, match=r"name must be a string or None, got 0\.1"):
+            SparseCategoricalCrossentropy(True, None, "sum", -1, 0.1)  # pyright: ignore
+
+
+class TestClassWeights:
+    @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight",
+                                           "sum", None])  # fmt: skip
+    def test_they_multiply_the_sample_weights(self, sequences, reduction):
+        y, z, w = sequences
+        options: dict[str, Any] = {"reduction": reduction}
+        plain = SparseCategoricalCrossentropy(True, -1, **options)
+        weighted = SparseCategoricalCrossentropy(True, -1, class_weight=WEIGHTS, **options)
+        by_label = WEIGHTS[y.clamp(0)]
+        assert torch.equal(weighted(y, z), plain(y, z, by_label))
+        assert torch.equal(weighted(y, z, w), plain(y, z, by_label * w))
+        mask = torch.tensor([[1, 1, 0]])
+        assert torch.equal(weighted(y, z, w, mask), plain(y, z, by_label * w, mask))
+        if reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+            n = weighted.denominator(y, z.shape, w)
+            assert torch.equal(n, plain.denominator(y, z.shape, by_label * w))
+            parts = [weighted(y[i], z[i], w[i], denominator=n) for i in range(3)]
+            torch.testing.assert_close(sum(parts), weighted(y, z, w))
+
+    def test_both_averages_have_their_names(self, sequences):
+        y, z, _ = sequences
+        weight = SparseCategoricalCrossentropy(
+            True, -1, "mean_with_sample_weight", class_weight=WEIGHTS
+        )
+        want = F.cross_entropy(z.flatten(0, 1), y.flatten(), WEIGHTS, ignore_index=-1)
+        torch.testing.assert_close(weight(y, z), want)
+        number = SparseCategoricalCrossentropy(True, -1, class_weight=WEIGHTS)
+        losses = F.cross_entropy(
+            z.flatten(0, 1), y.flatten(), WEIGHTS, ignore_index=-1, reduction="none"
+        )
+        torch.testing.assert_close(number(y, z), losses.sum() / (y != -1).sum())
+
+    @pytest.mark.parametrize("given", [
+        WEIGHTS.tolist(), WEIGHTS.numpy(), WEIGHTS.double(), nn.Parameter(WEIGHTS),
+        {0: 0.5, 1: 2, 3: 3.0}, {np.int64(3): np.float32(3), 1.0: 2.0, "0": torch.tensor(0.5)},
+    ])  # fmt: skip
+    def test_they_may_be_given_in_many_ways(self, sequences, given):
+        """A class that a dict leaves out has the weight 1, as in Keras."""
+        y, z, w = sequences
+        want = SparseCategoricalCrossentropy(True, -1, class_weight=WEIGHTS)(y, z, w)
+        loss = SparseCategoricalCrossentropy(True, -1, class_weight=given)
+        assert torch.equal(loss(y, z, w), want)
+        assert not list(loss.parameters()) and not loss.state_dict()
+        again = json.loads(json.dumps(loss.get_config()))
+        copies = (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss), loss.half(),
+                  SparseCategoricalCrossentropy.from_config(again))  # fmt: skip
+        for other in copies:
+            assert torch.equal(other(y, z, w), want)
+
+    @pytest.mark.parametrize("given", [WEIGHTS, {3: 3.0, 0: 0.5}])
+    def test_they_compile_to_a_full_graph_and_take_transforms(self, sequences, given):
+        torch.compiler.reset()
+        y, z, w = sequences
+        loss = SparseCategoricalCrossentropy(True, -1, label_smoothing=0.1, class_weight=given)
+        want = loss(y, z, w)
+        torch.testing.assert_close(torch.compile(loss, fullgraph=True)(y, z, w), want)
+        each = torch.func.vmap(loss)(y, z, w)
+        torch.testing.assert_close(each, torch.stack([loss(*x) for x in zip(y, z, w, strict=True)]))
+        assert loss(y.to("meta"), z.to("meta")).shape == ()
+
+    @pytest.mark.parametrize("axis", [1, -1])
+    def test_that_of_targets_is_that_of_the_largest(self, axis):
+        generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+        t, z = torch.rand(2, 3, 4, 5, generator=generator).softmax(axis)
+        weights = torch.rand(t.shape[axis], generator=generator)
+        loss = CategoricalCrossentropy(True, axis=axis, class_weight=weights)
+        plain = CategoricalCrossentropy(True, axis=axis)
+        assert torch.equal(loss(t, z), plain(t, z, weights[t.argmax(axis)]))
+        hot = t == t.amax(axis, keepdim=True)  # bool
+        assert torch.equal(loss(hot, z), plain(hot, z, weights[t.argmax(axis)]))
+
+    def test_those_that_do_not_fit_the_classes_are_refused(self, sequences):
+        y, z, _ = sequences
+        for given, message in (
+            ([1.0, 2.0], "one weight for each of the 4 classes, got 2"),
+            ({4: 1.0}, r"classes in \[0, 4\) as keys, got 4"),
+        ):
+            for loss, labels in (
+                (SparseCategoricalCrossentropy(True, -1, class_weight=given), y),
+                (CategoricalCrossentropy(True, class_weight=given), z.softmax(-1)),
+            ):
+                with pytest.raises(ValueError, match=f"^class_weight must have {message}"):
+                    loss(labels, z)
+
+    def test_a_label_outside_is_still_an_error(self, sequences):
+        _, z, _ = sequences
+        loss = SparseCategoricalCrossentropy(True, class_weight={1: 2.0})
+        with pytest.raises(ValueError, match="y_true must hold labels"):
+            loss(torch.full((3, 3), 7), z)

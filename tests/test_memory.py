@@ -105,8 +105,22 @@ def test_targets_take_no_second_tensor_either(case, from_logits):
     assert both is not None and 0.9 * size < both < 1.03 * size + blocks
 
 
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_smoothed_labels_take_no_second_tensor_either(from_logits):
+    z = torch.arange(SIZE, dtype=torch.int16).float().mul_(2**-13)
+    z = (z if from_logits else z.sigmoid_()).view(-1, 32000)
+    y, leaf = torch.arange(len(z)) % 32000, z.detach().requires_grad_()
+    loss = SparseCategoricalCrossentropy(from_logits, label_smoothing=0.1)
+    size, blocks = z.numel() * z.element_size(), TIMES * 8 * 2**20
+    forward = peak_memory(lambda: loss(y, z), "cpu", FORWARD)
+    both = peak_memory(lambda: torch.autograd.grad(loss(y, leaf), leaf), "cpu")
+    assert forward is not None and forward < 0.02 * size + blocks
+    assert both is not None and 0.9 * size < both < 1.03 * size + blocks
+
+
 HEADS = {
     "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
     "bfloat16": {"dtype": torch.bfloat16},
     "ignored": {"ignored": True},
     "unreduced": {"reduction": "none"},

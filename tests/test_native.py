@@ -118,6 +118,7 @@ def nans(x: Tensor) -> Tensor:
 
 
 LAYOUTS = (contiguous, channels_first, padded, every_other, runs_with_gaps, maps_with_gaps)
+IN_PLACE = (contiguous, channels_first, padded, runs_with_gaps, maps_with_gaps)
 
 
 def laid_out(rows: Rows, layout, t_layout=None) -> Rows:
@@ -139,7 +140,7 @@ def results(rows: Rows, first: bool, dz_layout=None) -> Results:
     z, t = rows.z, rows.t
     shape, real, classes = z.shape[:-1], row_dtype(z), z.shape[-1]
     inputs = {name: Guarded(x, first) for name, x in vars(rows).items() if isinstance(x, Tensor)}
-    numbers = 2 if t is None and rows.clip else 3
+    numbers = 2 if t is None and rows.clip and not rows.smoothing else 3
     saved = torch.full((numbers, *shape), torch.nan, dtype=real)
     outputs = {"loss": saved[0], "saved": saved, "dz": nans(dz_layout(z) if dz_layout else z)}
     if t is not None and t.is_floating_point():
@@ -293,6 +294,24 @@ def test_any_class_may_be_the_label(model, dtype, layout):
     require_right(laid_out(given, layout))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("model", MODELS)
+def test_smoothed_labels_have_the_bits_of_one_hot_targets(model, dtype, layout):
+    for number, size in enumerate((*SIZES, (1, 2 * SEGMENT + 1))):
+        given = make_rows(model, dtype, *size)
+        given.smoothing = 0.1
+        assert given.y is not None
+        if number % 2:
+            given.counted = torch.arange(size[0]) % 5 != 1
+        hot = torch.nn.functional.one_hot(given.y, size[1]).to(torch.uint8)
+        want = Rows(given.z, given.g, t=hot, counted=given.counted, clip=given.clip, smoothing=0.1)
+        given = laid_out(given, layout)
+        require_same_bits(results(given, False), results(laid_out(want, layout), False))
+        if layout in IN_PLACE:
+            require_same_in_place(given, first=number % 4 < 2)
+
+
 @pytest.mark.parametrize("t_dtype", cpu.KINDS, ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_targets_of_any_dtype_in_another_layout_equal_the_definition(model, t_dtype):
@@ -315,18 +334,16 @@ def test_gradients_may_have_another_layout(of_targets, model, layout, dz_layout)
         require_same_bits(results(rows, False, dz_layout), results(rows, False))
 
 
-IN_PLACE = (contiguous, channels_first, padded, runs_with_gaps, maps_with_gaps)
-
-
 def require_same_in_place(rows: Rows, first: bool) -> None:
     """The gradient over its own predictions has the bits of the one in another tensor."""
     want = results(rows, first)
     inputs = {name: Guarded(x, first) for name, x in vars(rows).items() if isinstance(x, Tensor)}
     given = {name: each.tensor for name, each in inputs.items()}
     z, g = given.pop("z"), given.pop("g")
-    shape = (2 if rows.clip else 3, *z.shape[:-1])
+    shape = (2 if rows.clip and not rows.smoothing else 3, *z.shape[:-1])
     saved = torch.empty(shape, dtype=row_dtype(z))
-    loss, options = torch.empty_like(saved[0]), {"clip": rows.clip, "saved": saved}
+    options = {"clip": rows.clip, "smoothing": rows.smoothing, "saved": saved}
+    loss = torch.empty_like(saved[0])
     cpu.run(False, z, loss=loss, **given, **options)
     cpu.run(True, z, dz=z, g=g, **given, **options)
     for name, each in inputs.items():

@@ -38,6 +38,7 @@ def test_operators_are_declared_as_they_are(model, layout):
     for counted in (None, torch.rand(3, 4) > 0.3):
         library.opcheck(operators._label_losses, (z, y, counted, clip))
         library.opcheck(operators._target_losses, (z, t, counted, clip, 0.1))
+        library.opcheck(operators._target_losses, (z, y, counted, clip, 0.1))
         _, saved = operators._label_losses(z, y, counted, clip)
         library.opcheck(
             operators._label_gradients, (g, z.detach(), y, counted, clip, saved.detach())
@@ -46,6 +47,9 @@ def test_operators_are_declared_as_they_are(model, layout):
         given = (g, z.detach(), t.detach(), counted, clip, 0.1)
         for needs in ([True, False], [False, True], [True, True]):
             library.opcheck(operators._target_gradients, (*given, needs, saved.detach()))
+        _, saved = operators._target_losses(z, y, counted, clip, 0.1)
+        given = (g, z.detach(), y, counted, clip, 0.1, [True, False], saved.detach())
+        library.opcheck(operators._target_gradients, given)
 
 
 def compiled(step, *given):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from torch_sce import (
     kernels,
 )
 from torch_sce.crosscheck.reference import targets_from_logits, targets_from_probabilities
-from torch_sce.kernels import aten, target_losses
+from torch_sce.kernels import aten, row_losses, target_losses
+from torch_sce.kernels.contract import SmoothedLabels
 from torch_sce.samples import CLIP
 
 MODELS = {"logits": None, "probabilities": CLIP[torch.float32]}
@@ -175,6 +177,111 @@ def test_halves_are_computed_in_float32(dtype, from_logits, path):
     assert z.grad.dtype == dtype
     torch.testing.assert_close(z.grad, wide.grad.to(dtype))
     assert torch.equal(value, loss(t, wide))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("classes", [1, 2, 7, 300])
+def test_smoothed_labels_have_the_bits_of_one_hot_targets(classes, model, dtype, smoothing, path):
+    """The definition, which makes no targets, is within a few roundings."""
+    z, _, g = rows(classes, model, dtype=dtype)
+    y, g = torch.randint(0, classes, (3, 4)), g.to(aten.row_dtype(z))
+    counted = torch.ones(3, 4, dtype=torch.bool)
+    counted[1, 2], y[1, 2], z[1, 2] = False, -1, torch.nan
+    hot = torch.nn.functional.one_hot(y.clamp(0), classes)
+    clip = None if model == "logits" else CLIP[dtype]
+    found = []
+    for losses in (
+        lambda z: row_losses(z, y, counted, clip, False, smoothing),
+        lambda z: target_losses(z, hot, counted, clip, smoothing),
+    ):
+        leaf = z.clone().requires_grad_()
+        loss = losses(leaf)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf, g)))
+    (loss, dz), (want, want_dz) = found
+    assert not loss.signbit().any() and loss[1, 2] == 0 and (dz[1, 2] == 0).all()
+    if path == "definition":
+        torch.testing.assert_close(loss, want, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(dz, want_dz)
+    else:
+        assert torch.equal(loss, want) and torch.equal(dz, want_dz)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_derivatives_of_smoothed_labels_match_finite_differences(model, path):
+    z, *_ = rows(5, model, (2, 3), torch.float64)
+    z[0, 1] = torch.nan
+    y, counted = torch.tensor([[0, -1, 4], [2, 1, 0]]), torch.ones(2, 3, dtype=torch.bool)
+    counted[0, 1] = False
+    z.requires_grad_()
+    clip = None if model == "logits" else CLIP[torch.float64]
+
+    def losses(z):
+        z = torch.where(counted.unsqueeze(-1), z, torch.nan)
+        return row_losses(z, y, counted, clip, False, 0.1)
+
+    z = z.detach().nan_to_num(0.5).requires_grad_()
+    assert gradcheck(losses, z, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(losses, z)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_smoothed_label_that_is_no_class_poisons_its_row_and_no_other(model, path):
+    z, _, g = rows(7, model)
+    y = torch.zeros(3, 4, dtype=torch.int64)
+    y[0, 1], y[1, 2], y[2, 3] = 7, -1, 2**62
+    z.requires_grad_()
+    loss = row_losses(z, y, None, MODELS[model], False, 0.1)
+    (dz,) = torch.autograd.grad(loss, z, g)
+    assert torch.equal(loss.isnan(), y != 0)
+    assert torch.equal(dz.isnan().all(-1), y != 0) and torch.equal(dz.isnan().any(-1), y != 0)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothed_labels_and_minus_infinity(smoothing, path):
+    """The loss is infinite, the gradient is not: as with one-hot targets."""
+    z = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, 2.0, -torch.inf], [-torch.inf] * 3])
+    z, y = z.requires_grad_(), torch.tensor([0, 2, 1])
+    want = target_losses(z, torch.eye(3)[y], None, None, smoothing)
+    loss = row_losses(z, y, None, None, True, smoothing)
+    assert loss[:2].tolist() == [torch.inf] * 2 and loss[2].isnan()
+    (dz,), (want_dz,) = (torch.autograd.grad(x.sum(), z) for x in (loss, want))
+    assert dz[:2].isfinite().all()
+    torch.testing.assert_close(dz, want_dz, equal_nan=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_of_smoothed_labels_may_be_written_over_their_predictions(model, path):
+    if path == "definition":
+        pytest.skip("it writes nothing")
+    for dtype, classes in product((torch.float32, torch.float64, torch.bfloat16), (7, 300)):
+        z, *_ = rows(classes, model, (6,), dtype)
+        y, counted = torch.arange(6), torch.arange(6) != 2
+        given = (y, counted, None if model == "logits" else CLIP[dtype], False)
+        # Those of any device add up a copy of the rows, in another order if it has other strides.
+        for z in (z, z.t().contiguous().t()) if path == "cpu" else (z,):  # noqa: B020
+            module = SmoothedLabels(kernels.target_kernels(z, y), 0.1)
+            g = torch.randn(6, dtype=aten.row_dtype(z))
+            _, saved = module.forward(z, *given)
+            want = module.backward(g, z, *given, saved)
+            over = torch.empty_strided(z.shape, z.stride(), dtype=dtype).copy_(z)
+            assert module.backward(g, over, *given, saved, over) is over
+            assert torch.equal(over, want) and not want.isnan().any()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_functional_transforms_of_smoothed_labels_agree_with_autograd(model):
+    z, _, g = rows(5, model, (4,), torch.float64)
+    y, clip = torch.tensor([0, 4, 2, 2]), MODELS[model]
+
+    def total(z, y, g):
+        return row_losses(z, y, None, clip, True, 0.1) * g
+
+    each = torch.func.vmap(torch.func.grad(total))(z, y, g)
+    leaf = z.clone().requires_grad_()
+    total(leaf, y, g).sum().backward()
+    torch.testing.assert_close(each, leaf.grad)
 
 
 def test_one_hot_logits_are_the_sparse_loss():

@@ -31,6 +31,7 @@ from .samples import Samples, values_can_be_read
 
 Unreduced = tuple[Tensor, Tensor | None, Tensor | None]  # losses, weight and mask
 _NUMBERS = itertools.count()  # of losses
+_OF_GROUPS = ("_found", "_number", "_compared")  # attributes that are found for a group
 Group = Any  # a ProcessGroup, which PyTorch builds without distributed do not have
 
 
@@ -81,7 +82,30 @@ def reduced(
 
 def reducing_group(loss: WithOptions) -> Group | None:
     """The group that a loss takes its value over."""
-    return None if loss.reduction in ("none", None) else group_of(loss.process_group)
+    group = None if loss.reduction in ("none", None) else group_of(loss.process_group)
+    if group is not None:
+        require_same_options(loss, "process_group", group)
+    return group
+
+
+def require_same_options(loss: WithOptions, name: str, group: Group, **others: int) -> None:
+    """Raises on all ranks if theirs differ, in the first call if PyTorch's debug level is DETAIL.
+
+    `others`: what else has to be the same.
+    """
+    if torch.compiler.is_compiling() or not _compares_ranks():
+        return
+    if loss.__dict__.setdefault("_compared", {}).get(name) is group:
+        return
+    loss.__dict__["_compared"][name] = group
+    groups = ("process_group", "class_group", "name")
+    mine = {k: v for k, v in loss.get_config().items() if k not in groups} | others
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group)
+    for option, value in mine.items():
+        values = [each.get(option) for each in every]
+        if any(each != value for each in values):
+            raise ValueError(f"{option} must be the same on all ranks of {name}, got {values}")
 
 
 @contextmanager
@@ -126,6 +150,11 @@ def _sums(total: Tensor, count: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     return n, d
 
 
+def _compares_ranks() -> bool:
+    level, detail = dist.get_debug_level(), dist.DebugLevel.DETAIL  # pyright: ignore
+    return level == detail
+
+
 def parse_denominator(
     value: ArrayLike | None, device: torch.device, reduction: str | None
 ) -> Tensor | None:
@@ -161,6 +190,7 @@ class WithSlices(WithOptions):
     """A loss whose classes may be divided among the ranks of `class_group`."""
 
     class_group: Any = None
+    label_smoothing: float = 0.0
     _found: Slice | None = None
 
     def __init__(self, **others: Unpack[NoArguments]) -> None:
@@ -174,6 +204,11 @@ class WithSlices(WithOptions):
         group = None if self.class_group is None else group_of(self.class_group)
         if group is None:
             return None
+        if self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing must be 0 with class_group, got {self.label_smoothing}: gather "
+                "the predictions"
+            )
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor with class_group, got {type(x).__name__}")
         if is_dtensor(x):
@@ -185,6 +220,8 @@ class WithSlices(WithOptions):
         if self._found is not None and self._found.group is not group:
             self._found, self._number = None, next(_NUMBERS)
         if self._found is None:
+            positions = x.numel() // max(size, 1)
+            require_same_options(self, "class_group", group, **{f"{name}.numel() / C": positions})
             self._found = find_slice(size, x.device, group, self._number)
         if self._found.size != size:  # only this rank knows, so it must not ask the others again
             raise ValueError(
@@ -194,7 +231,7 @@ class WithSlices(WithOptions):
         return self._found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name not in ("_found", "_number")}
+        return {name: x for name, x in vars(self).items() if name not in _OF_GROUPS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -24,6 +24,7 @@ def sparse_categorical_crossentropy(
     from_logits: bool = False,
     ignore_class: int | float | None = None,
     axis: int = -1,
+    label_smoothing: int | float = 0.0,
     **others: Unpack[NoArguments],
 ) -> Tensor:
     """The cross-entropy, in nats, between integer labels and predictions, one value per position.
@@ -38,22 +39,26 @@ def sparse_categorical_crossentropy(
         from_logits: whether `y_pred` holds logits.
         ignore_class: a label, in `[0, C)` or not, whose positions get loss 0 and gradient 0.
         axis: the class axis of `y_pred`.
+        label_smoothing: how much of each label is spread evenly over the classes, from 0 to 1. The
+            losses are those of `categorical_crossentropy` for one-hot labels, which are not made:
+            it normalises probabilities before it clips them.
 
     Returns:
         The losses, of `y_pred`'s shape without its class axis: float64 for float64 predictions,
         otherwise float32.
 
     Raises:
-        ValueError: shapes that do not fit, no classes, `axis` out of range, or (on the CPU, in
-            eager mode) a label outside `[0, C)`. Elsewhere such a label makes its position's loss
-            and gradient NaN.
+        ValueError: shapes that do not fit, no classes, `axis` or `label_smoothing` out of range, or
+            (on the CPU, in eager mode) a label outside `[0, C)`. Elsewhere such a label makes its
+            position's loss and gradient NaN.
         TypeError: predictions that are not real floating-point numbers, labels that are not
-            real numbers, an `ignore_class` or `axis` that is not a number.
+            real numbers, an `ignore_class`, `axis` or `label_smoothing` that is not a number.
 
     Differs from Keras: any class axis works, lists are accepted as arrays, half-precision
     predictions give float32 losses, labels are never rounded.
 
-    The rule is that of `keras.losses.sparse_categorical_crossentropy` on TensorFlow.
+    The rule is that of `keras.losses.sparse_categorical_crossentropy` on TensorFlow, which has no
+    `label_smoothing` in Keras 3.15.
 
     >>> losses = sparse_categorical_crossentropy([1, 2], [[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])
     >>> [round(loss, 4) for loss in losses.tolist()]
@@ -62,6 +67,7 @@ def sparse_categorical_crossentropy(
     if others:
         name, taken = "sparse_categorical_crossentropy", ["axis", "ignore_class"]
         raise unexpected(name, others, taken, CALL, "the call of a loss")
+    label_smoothing = parse_smoothing(label_smoothing)
     samples = prepare(
         y_true,
         y_pred,
@@ -69,7 +75,8 @@ def sparse_categorical_crossentropy(
         axis=parse_axis(axis),
         ignore_class=parse_ignore_class(ignore_class),
     )
-    return row_losses(samples.z, samples.y, samples.counted, samples.clip, samples.in_range)
+    z, y, counted, clip = samples.z, samples.y, samples.counted, samples.clip
+    return row_losses(z, y, counted, clip, samples.in_range, label_smoothing)
 
 
 def categorical_crossentropy(

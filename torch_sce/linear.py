@@ -38,12 +38,19 @@ from .options import (
     parse_ignore_class,
     parse_name,
     parse_reduction,
+    parse_smoothing,
     parse_softcap,
     typed_as,
     unexpected,
 )
 from .reduction import factors, numerator_and_denominator, reduce
-from .samples import Samples, dtype_of_predictions, prepare, values_can_be_read
+from .samples import (
+    Samples,
+    dtype_of_predictions,
+    parse_class_weight,
+    prepare,
+    values_can_be_read,
+)
 
 NAME = "linear_sparse_categorical_crossentropy"
 CPU_CHUNK, DEVICE_CHUNK = 2**26, 2**29  # bytes
@@ -54,6 +61,8 @@ class _Options(NamedTuple):
     softcap: float | None
     dtype: torch.dtype | None  # None: that of the logits
     chunk_bytes: int | None
+    smoothing: float
+    class_weight: Tensor | dict[int, float] | None = None
     shard: Slice | None = None
 
 
@@ -90,7 +99,9 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         process_group: as for `SparseCategoricalCrossentropy`.
         class_group: the processes among which the classes are divided: `weight` and `bias` hold
             this rank's, in the order of the ranks and as many in every call; all else is the same
-            on all ranks, and so is the loss. `hidden` gets the whole of its gradient on each.
+            on all ranks, and so is the loss. `hidden` gets the whole of its gradient on each. Not
+            with `label_smoothing`.
+        label_smoothing, class_weight: as for `SparseCategoricalCrossentropy`.
 
     The call is `loss(y_true, hidden, weight, bias=None, sample_weight=None, mask=None)`.
 
@@ -102,8 +113,10 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
 
     Raises:
         ValueError: an unknown reduction or name of a dtype, a `logit_softcap` or `chunk_bytes`
-            that is not positive.
-        TypeError: a dtype that is not floating-point, a `logit_softcap` that is not a number.
+            that is not positive, a `label_smoothing` out of range, a `class_weight` that does not
+            fit the classes.
+        TypeError: a dtype that is not floating-point, a `logit_softcap` or `label_smoothing` that
+            is not a number.
 
     >>> hidden = torch.tensor([[1.0, 0.0], [0.5, -1.0]])
     >>> head = torch.nn.Linear(2, 3, bias=False)
@@ -119,11 +132,13 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
 
     _options: ClassVar = {
         "ignore_class": parse_ignore_class,
+        "label_smoothing": parse_smoothing,
         "reduction": parse_reduction,
         "logit_softcap": parse_softcap,
         "name": partial(parse_name, default=NAME),
         "dtype": parse_dtype,
         "chunk_bytes": parse_chunk_bytes,
+        "class_weight": parse_class_weight,
         "process_group": partial(parse_group, "process_group"),
         "class_group": parse_class_group,
     }
@@ -138,11 +153,16 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         chunk_bytes: int | None = None,
         process_group: Any = None,
         class_group: Any = None,
+        *,
+        label_smoothing: int | float = 0.0,
+        class_weight: Any = None,
         **others: Unpack[NoArguments],
     ) -> None:
         super().__init__(**others)
         self.class_group = class_group
         self.ignore_class = ignore_class
+        self.label_smoothing = label_smoothing
+        self.class_weight = class_weight
         self.reduction = reduction
         self.logit_softcap = logit_softcap
         self.name = name
@@ -227,6 +247,7 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
             return prepare(
                 y_true, hidden, sample_weight, mask,
                 from_logits=True, axis=-1, ignore_class=self.ignore_class, checks_labels=False,
+                class_weight=self.class_weight,
             )  # fmt: skip
 
         return denominator_of(self, prepared, hidden)
@@ -274,6 +295,7 @@ def linear_sparse_categorical_crossentropy(
     ignore_class: int | float | None = None,
     logit_softcap: int | float | None = None,
     chunk_bytes: int | None = None,
+    label_smoothing: int | float = 0.0,
     **others: Unpack[NoArguments],
 ) -> Tensor:
     """The cross-entropy, in nats, of a linear head's logits, one value per position.
@@ -283,7 +305,7 @@ def linear_sparse_categorical_crossentropy(
 
     Args:
         y_true, hidden, weight, bias: as for `LinearSparseCategoricalCrossentropy`.
-        ignore_class, logit_softcap, chunk_bytes: as its options.
+        ignore_class, logit_softcap, chunk_bytes, label_smoothing: as its options.
 
     Returns:
         The losses, of `hidden`'s shape without its last axis: float64 for float64 inputs,
@@ -305,6 +327,7 @@ def linear_sparse_categorical_crossentropy(
         parse_softcap(logit_softcap),
         None,
         parse_chunk_bytes(chunk_bytes),
+        parse_smoothing(label_smoothing),
     )
     if not _in_chunks(given):
         return _by_definition(y_true, given, None, None, options)[1]
@@ -312,7 +335,10 @@ def linear_sparse_categorical_crossentropy(
 
 
 def _options_of(loss: LinearSparseCategoricalCrossentropy, shard: Slice | None = None) -> _Options:
-    return _Options(loss.ignore_class, loss.logit_softcap, loss.dtype, loss.chunk_bytes, shard)
+    return _Options(
+        loss.ignore_class, loss.logit_softcap, loss.dtype, loss.chunk_bytes, loss.label_smoothing,
+        loss.class_weight, shard,
+    )  # fmt: skip
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -374,12 +400,12 @@ def _by_definition(
     samples = prepare(
         y_true, _logits(given, options), sample_weight, mask,
         from_logits=True, axis=-1, ignore_class=options.ignore_class, dtype=options.dtype,
-        classes=None if shard is None else shard.classes,
+        classes=None if shard is None else shard.classes, class_weight=options.class_weight,
     )  # fmt: skip
     z, y, counted = samples.z, samples.y, samples.counted
     if shard is not None:
         return samples, shard_losses(z, y, counted, None, shard)
-    return samples, row_losses(z, y, counted, None, samples.in_range)
+    return samples, row_losses(z, y, counted, None, samples.in_range, options.smoothing)
 
 
 def _logits(given: _Given, options: _Options) -> Tensor:
@@ -412,6 +438,7 @@ def _samples(
             y_true, z, sample_weight, mask,
             from_logits=True, axis=-1, ignore_class=options.ignore_class, dtype=options.dtype,
             classes=None if options.shard is None else options.shard.classes,
+            class_weight=options.class_weight,
         )  # fmt: skip
     except ValueError as error:
         # The other hints of a shape are about a class axis, which logits here have last.
@@ -451,6 +478,7 @@ def _inputs(
         in_range,
         None if shard is None else shard.group.group_name,
         () if shard is None else list(shard[1:]),
+        options.smoothing,
     )
 
 
@@ -469,7 +497,7 @@ def _of_rank(given: _Given, samples: Samples, options: _Options) -> _OfRank:
     if is_dtensor(hidden):
         from .kernels import dtensors  # imported here: few need it, and it is slow
 
-        x, weight, bias, shard = dtensors.head_of_rank(*given)
+        x, weight, bias, shard = dtensors.head_of_rank(*given, not options.smoothing)
         given, options = _Given(x, weight, bias), options._replace(shard=shard)
         rows = partial(dtensors.part_of_rows, like=hidden)
         together = partial(dtensors.losses_of, z=hidden)

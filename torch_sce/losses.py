@@ -35,7 +35,7 @@ from .options import (
     typed_as,
 )
 from .reduction import reduce
-from .samples import Samples, class_axis, prepare, prepare_targets
+from .samples import Samples, class_axis, parse_class_weight, prepare, prepare_targets
 
 
 def _parsers(name: str, **own: Parser) -> dict[str, Parser]:
@@ -47,6 +47,7 @@ def _parsers(name: str, **own: Parser) -> dict[str, Parser]:
         "axis": parse_axis,
         "name": partial(parse_name, default=name),
         "dtype": parse_dtype,
+        "class_weight": parse_class_weight,
         "process_group": partial(parse_group, "process_group"),
     }
 
@@ -228,7 +229,15 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
             is over all ranks, too; with "none" there is no effect. None: of this process alone.
         class_group: the processes among which the classes are divided: predictions hold this rank's
             slice of them, in the order of the ranks and of any sizes, labels, weights and masks
-            are the same on all, and so are the losses. Not with `torch.func`.
+            are the same on all, and so are the losses. Not with `torch.func` or `label_smoothing`.
+        label_smoothing: how much of each label is spread evenly over the classes, from 0 to 1. The
+            loss is that of `CategoricalCrossentropy` for one-hot labels, which are not made: it
+            normalises probabilities before it clips them.
+        class_weight: a constant for each class, (C,), or a dict {class: weight} as Keras's `fit`
+            takes it, with 1 for other classes. A position's `sample_weight` is multiplied by the
+            weight of its label. "sum_over_batch_size" divides by the number of positions that
+            count, as `fit` does, "mean_with_sample_weight" by the sum of their weights, as
+            `F.cross_entropy(weight=...)` does.
 
     Options may be set later, `loss.reduction = "sum"`, under the same rules.
 
@@ -238,8 +247,10 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
     ValueError; on other devices and under `torch.compile` it makes its own loss and gradient NaN.
 
     Raises:
-        ValueError: an unknown reduction or name of a dtype.
-        TypeError: an axis that is not an integer, a dtype that is not floating-point.
+        ValueError: an unknown reduction or name of a dtype, a `label_smoothing` out of range, a
+            `class_weight` that does not fit the classes.
+        TypeError: an axis that is not an integer, a `label_smoothing` that is not a number, a
+            dtype that is not floating-point.
 
     Differs from Keras: docs/differences.md lists where, with the reasons.
 
@@ -251,10 +262,15 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
     0.814
     >>> loss
     SparseCategoricalCrossentropy(from_logits=False)
+    >>> loss = SparseCategoricalCrossentropy(label_smoothing=0.1, class_weight={1: 3.0})
+    >>> round(loss(y_true, [[0.05, 0.9, 0.05], [0.1, 0.8, 0.1]]).item(), 3)
+    1.564
     """
 
     _options: ClassVar = _parsers(
-        "sparse_categorical_crossentropy", ignore_class=parse_ignore_class
+        "sparse_categorical_crossentropy",
+        ignore_class=parse_ignore_class,
+        label_smoothing=parse_smoothing,
     ) | {"class_group": parse_class_group}
 
     def __init__(
@@ -267,16 +283,21 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         dtype: Any = None,
         process_group: Any = None,
         class_group: Any = None,
+        *,  # not where Keras's `name` and `dtype` are
+        label_smoothing: int | float = 0.0,
+        class_weight: Any = None,
         **others: Unpack[NoArguments],
     ) -> None:
         super().__init__(**others)
         self.class_group = class_group
         self.from_logits = from_logits
         self.ignore_class = ignore_class
+        self.label_smoothing = label_smoothing
         self.reduction = reduction
         self.axis = axis
         self.name = name
         self.dtype = dtype
+        self.class_weight = class_weight
         self.process_group = process_group
 
     def _prepare(
@@ -301,6 +322,7 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
             dtype=dtype,
             classes=None if shard is None else shard.classes,
             checks_labels=not has_slice,
+            class_weight=self.class_weight,
         )
 
     def _losses(self, samples: Samples) -> Tensor:
@@ -308,7 +330,7 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         shard = self._slice(z, -1)
         if shard is not None:
             return shard_losses(z, y, counted, clip, shard)
-        return row_losses(z, y, counted, clip, samples.in_range)
+        return row_losses(z, y, counted, clip, samples.in_range, self.label_smoothing)
 
     def _slice(self, y_pred: ArrayLike, axis: int) -> Slice | None:
         """Which classes this rank has."""
@@ -328,6 +350,8 @@ class CategoricalCrossentropy(_Loss):
             y becomes y * (1 - label_smoothing) + label_smoothing / C.
         axis: the class axis of targets and predictions.
         reduction, name, dtype, process_group: as for `SparseCategoricalCrossentropy`.
+        class_weight: as for `SparseCategoricalCrossentropy`. The class of a position is that of its
+            largest target.
 
     The call is `loss(y_true, y_pred, sample_weight=None, mask=None)`. Targets have `y_pred`'s shape
     and any real dtype. They need not sum to 1, and get a gradient if they require one. Shapes do
@@ -361,6 +385,8 @@ class CategoricalCrossentropy(_Loss):
         name: str | None = "categorical_crossentropy",
         dtype: Any = None,
         process_group: Any = None,
+        *,
+        class_weight: Any = None,
         **others: Unpack[NoArguments],
     ) -> None:
         super().__init__(**others)
@@ -370,6 +396,7 @@ class CategoricalCrossentropy(_Loss):
         self.reduction = reduction
         self.name = name
         self.dtype = dtype
+        self.class_weight = class_weight
         self.process_group = process_group
 
     def _prepare(
@@ -389,6 +416,7 @@ class CategoricalCrossentropy(_Loss):
             from_logits=self.from_logits,
             axis=self.axis,
             dtype=dtype,
+            class_weight=self.class_weight,
         )
 
     def _losses(self, samples: Samples) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import numbers
 import operator
+import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, get_args
 
@@ -53,12 +54,12 @@ def parse_ignore_class(ignore_class: Any) -> Any:
 
 def parse_smoothing(label_smoothing: Any) -> float:
     if label_smoothing is None:
-        return 0.0
+        return 0
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
         raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     if not 0 <= float(label_smoothing) <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    return float(label_smoothing)
+    return float(label_smoothing) or 0  # not 0.0: with dynamic=True a float is compiled twice
 
 
 def parse_softcap(logit_softcap: Any) -> float | None:
@@ -160,6 +161,7 @@ class WithOptions(nn.Module):
     reduction: Reduction | None
     dtype: torch.dtype
     process_group: Any = None
+    class_weight: Any = None
 
     def __init__(self, **others: Unpack[NoArguments]) -> None:
         if others:
@@ -180,7 +182,10 @@ class WithOptions(nn.Module):
         >>> SparseCategoricalCrossentropy(axis=1, dtype="float64").get_config()["axis"]
         1
         """
-        config = {name: getattr(self, name) for name in self._options}
+        options = {name: getattr(self, name) for name in self._options}
+        config = {k: x.tolist() if isinstance(x, Tensor) else x for k, x in options.items()}
+        if config.get("class_weight") is None:  # Keras's losses have none
+            config.pop("class_weight", None)
         for name in ("process_group", "class_group"):
             if config.get(name) is not True:  # a group ends with its processes
                 config.pop(name, None)
@@ -268,4 +273,8 @@ def _constructor_options(cls: type, ours: type) -> list[str]:
 def shown_options(config: dict[str, Any], default: dict[str, Any], always: str = "") -> str:
     """The options that differ from their defaults, and one that is always shown."""
     shown = (key for key in config if key == always or config[key] != default.get(key))
-    return ", ".join(f"{key}={config[key]!r}" for key in shown)
+    return ", ".join(f"{key}={_shown(config[key])}" for key in shown)
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value) if isinstance(value, (list, dict)) else repr(value)

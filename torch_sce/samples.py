@@ -8,14 +8,15 @@ hint. The kernels and `reduction` trust what `prepare` returns.
     C   the number of classes
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arrays import HALVES, ArrayLike, float64_on, floats, to_tensor
-from .kernels import Clip, are_plain
+from .kernels import Clip, are_plain, whole_rows
 from .options import FLOATS
 
 Shape = tuple[int, ...]
@@ -58,6 +59,7 @@ def prepare(
     broadcast: Callable[[str, Tensor, torch.Size], Tensor] | None = None,
     classes: int | None = None,
     checks_labels: bool = True,
+    class_weight: Tensor | dict[int, float] | None = None,
 ) -> Samples:
     """Labels and predictions, checked, with the positions that count.
 
@@ -67,7 +69,9 @@ def prepare(
         dtype: the loss's dtype, which predictions are cast to; None for `y_pred`'s own.
         broadcast: the rule for weights and masks; by default that of losses.
         classes: how many there are, if `y_pred` has a part of them; labels are numbers of these.
-        checks_labels: whether labels must be in their range, where values can be read.
+        checks_labels: whether labels must be in their range, where values can be read, and class
+            weights fit the classes.
+        class_weight: from `parse_class_weight`.
 
     Raises:
         ValueError, TypeError: as the loss says.
@@ -87,6 +91,9 @@ def prepare(
             counted = None if bool(counted.all()) else counted
             y = y if counted is None else y.masked_fill(~counted, 0)
         require_classes(labels, y, counted, classes or y_pred.shape[axis], axis)
+    if class_weight is not None:
+        fits = (classes or y_pred.shape[axis]) if checks_labels else None
+        weight = times(weight, weights_of(y, class_weight, fits))
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z = _classes_last(y_pred, axis)
     return Samples(z, y, counted, kept, weight, mask, clip, in_range)
@@ -102,8 +109,12 @@ def prepare_targets(
     axis: int,
     dtype: torch.dtype | None = None,
     matches_ranks: bool = True,
+    class_weight: Tensor | dict[int, float] | None = None,
 ) -> Samples:
-    """As `prepare`, with a target for every class. `matches_ranks`: as Keras's losses do."""
+    """As `prepare`, with a target for every class. `matches_ranks`: as Keras's losses do.
+
+    The class weight of a position is that of its largest target, as in Keras's `fit`.
+    """
     y_pred = predictions(y_pred, dtype)
     t = to_tensor("y_true", y_true, y_pred)
     if matches_ranks:
@@ -113,6 +124,9 @@ def prepare_targets(
     shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
     weight, mask = aligned(sample_weight, mask, y_pred, shape)
     counted = None if mask is None else mask.bool().expand(shape)
+    if class_weight is not None:
+        largest = whole_rows(_classes_last(t, axis)).to(float64_on(t.device)).argmax(-1)
+        weight = times(weight, weights_of(largest, class_weight, t.shape[axis]))
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z, t = _classes_last(y_pred, axis), _classes_last(t, axis)
     return Samples(z, t, counted, None, weight, mask, clip)
@@ -289,6 +303,60 @@ def require_classes(labels: Tensor, y: Tensor, counted: Tensor | None, C: int, a
         f"y_true must hold labels in [0, {C}), the classes on axis {axis} of y_pred, "
         f"got {label} at position {position}{more}.{_label_hint(label, used, C)}"
     )
+
+
+def parse_class_weight(class_weight: Any) -> Tensor | dict[int, float] | None:
+    """A weight for each class, (C,), or for some classes in a dict."""
+    if not isinstance(class_weight, Mapping):
+        if class_weight is None:
+            return None
+        weights = to_tensor("class_weight", class_weight).detach()
+        if weights.ndim == 1:
+            return weights
+        raise ValueError(
+            "class_weight must have one weight for each class, (C,), or be a dict {class: weight}, "
+            f"got the shape {tuple(weights.shape)}"
+        )
+    found: dict[int, float] = {}
+    for label, weight in class_weight.items():
+        with suppress(TypeError, ValueError):  # a JSON file has class numbers as strings
+            if int(label) == float(label) >= 0:
+                found[int(label)] = float(weight)
+                continue
+        raise ValueError(
+            "class_weight must have numbers of classes, from 0 on, as keys, and numbers as "
+            f"weights, got {{{label!r}: {weight!r}}}"
+        )
+    return found
+
+
+def weights_of(y: Tensor, class_weight: Tensor | dict[int, float], classes: int | None) -> Tensor:
+    """The weight of each position's class y; of one that a dict leaves out 1, as in Keras's `fit`.
+
+    `classes`: how many there are; None: unknown.
+    """
+    if isinstance(class_weight, dict):
+        last = max(class_weight, default=-1)
+        if classes is not None and last >= classes:
+            raise ValueError(
+                f"class_weight must have classes in [0, {classes}) as keys, got {last}"
+            )
+        table = [class_weight.get(label, 1.0) for label in range(last + 2)]
+        weights = torch.tensor(table, dtype=float64_on(y.device), device="cpu")
+    else:
+        weights = class_weight
+        if classes is not None and len(weights) != classes:
+            raise ValueError(
+                f"class_weight must have one weight for each of the {classes} classes, got "
+                f"{len(weights)}"
+            )
+    weights = weights.to(y.device, non_blocking=weights.device.type == "cpu")
+    weights = to_tensor("class_weight", weights, y, "y_true")
+    return weights[y.clamp(0, len(weights) - 1)]
+
+
+def times(weight: Tensor | None, other: Tensor) -> Tensor:
+    return other if weight is None else weight * other
 
 
 def values_can_be_read(*tensors: Tensor | None) -> bool:

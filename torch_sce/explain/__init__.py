@@ -122,8 +122,9 @@ def _head_explained(
         found = (Finding("a head that does not fit", str(error), ""),)
         return Explanation(loss, error=f"{type(error).__name__}: {error}", findings=found)
     of_logits = SparseCategoricalCrossentropy(
-        True, loss.ignore_class, loss.reduction, dtype=loss.dtype
-    )
+        True, loss.ignore_class, loss.reduction, dtype=loss.dtype,
+        label_smoothing=loss.label_smoothing, class_weight=loss.class_weight,
+    )  # fmt: skip
     logits = _logits(head, _options_of(loss))
     found = _explained(of_logits, (y_true, logits, sample_weight, mask))
     parts = zip(("hidden", "weight", "bias"), head, strict=True)
@@ -247,7 +248,8 @@ def _in_words(batch: Batch) -> Iterator[str]:
     """What each argument is, and how it is treated."""
     axis, low = batch.axis, CLIP[batch.loss.dtype][0]
     steps = [f"clipped to [{low:.3g}, 1 - {low:.3g}]", f"divided by their sum over axis {axis}"]
-    if isinstance(batch.loss, CategoricalCrossentropy):
+    smoothing, class_weight = batch.loss.label_smoothing, batch.loss.class_weight
+    if isinstance(batch.loss, CategoricalCrossentropy) or smoothing:
         steps.reverse()
     treated = f"probabilities; {', then '.join(steps)}"
     if batch.loss.from_logits:
@@ -259,6 +261,10 @@ def _in_words(batch: Batch) -> Iterator[str]:
     positions = "1 position" if total == 1 else f"{total} positions"
     counts = f"{positions}, {n} of them count{reasons}" if fits else "does not fit y_pred"
     yield f"y_true {_kind(batch.y_true)}: {counts}"
+    if smoothing:
+        yield f"label_smoothing {smoothing:g}: spread over the {batch.classes} classes evenly"
+    if class_weight is not None:
+        yield "class_weight: a position's weight is multiplied by that of its class"
     for name, value in zip(("sample_weight", "mask"), batch.arguments[2:], strict=True):
         if value is not None:
             with suppress(ValueError, TypeError):
@@ -328,15 +334,16 @@ def _table(
         assert batch.all_labels is not None
         label = batch.all_labels.double().numpy()
         y = class_numbers(batch.all_labels[counted])
-        probability = torch.exp(-losses[counted].double())
     else:
         y = batch.targets.argmax(1)
         label = spread(y)
-        if batch.loss.from_logits:
-            probability = torch.exp(-sparse_categorical_crossentropy(y, batch.rows, True))
-        else:
-            share = batch.rows.gather(1, y[:, None])[:, 0] / batch.rows.sum(1)
-            probability = share.clamp(*CLIP[batch.loss.dtype])
+    if batch.targets is None and not batch.loss.label_smoothing:
+        probability = torch.exp(-losses[counted].double())
+    elif batch.loss.from_logits:
+        probability = torch.exp(-sparse_categorical_crossentropy(y, batch.rows, True))
+    else:
+        share = batch.rows.gather(1, y[:, None])[:, 0] / batch.rows.sum(1)
+        probability = share.clamp(*CLIP[batch.loss.dtype])
     at_label = batch.rows.gather(1, y[:, None])
     rank = 1 + (batch.rows > at_label).sum(1).double()
     rank[at_label[:, 0].isnan()] = torch.nan

@@ -212,7 +212,8 @@ def _saturated(batch: Batch) -> Iterator[Finding]:
 def _many_classes(batch: Batch) -> Iterator[Finding]:
     low, high = CLIP[batch.loss.dtype]
     floor = math.log1p((batch.classes - 1) * low / high)
-    if not batch.loss.from_logits and batch.targets is None and floor > 1e-3:
+    normalised = batch.loss.from_logits or batch.targets is not None or batch.loss.label_smoothing
+    if not normalised and floor > 1e-3:
         yield Finding(
             "many classes in probability mode",
             f"each of {batch.classes} probabilities is raised to at least {low:.3g}, so that a "

@@ -166,7 +166,7 @@ class Explanation:
         """The header and a row for each position that is shown."""
         keys = {"label": "label", "probability": "p(label)", "rank": "rank", "loss": "loss",
                 "weight": "weight", "mask": "mask", "contribution": "contribution"}  # fmt: skip
-        if not isinstance(self.loss, CategoricalCrossentropy):
+        if not isinstance(self.loss, CategoricalCrossentropy) and not self.loss.label_smoothing:
             keys["loss"] = "-log p"
         for key in ("weight", "mask"):
             if (self.positions[key] == 1).all():

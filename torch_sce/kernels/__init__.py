@@ -54,11 +54,15 @@ def row_losses(
     counted: Tensor | None = None,
     clip: Clip = None,
     in_range: bool = False,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of every row, of y's shape: float64 for float64 z, otherwise float32.
 
-    `counted`, `clip` and `in_range` are as `contract.Kernels` has them.
+    `counted`, `clip` and `in_range` are as `contract.Kernels` has them. With `smoothing` the loss
+    is that of smoothed one-hot targets, see `targets`.
     """
+    if smoothing:
+        return target_losses(z, y, counted, clip, smoothing)
     if _is_compiled_for_cpu(z, y, counted):
         return operators.label_losses(z, y, counted, clip)
     if computes_parts(z) and z.ndim > 1:
@@ -87,7 +91,10 @@ def target_losses(
     clip: Clip = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss of every row of z for the targets t of its shape: (...) for (..., C)."""
+    """The loss of every row of z for the targets t of its shape: (...) for (..., C).
+
+    t may also be labels (...), for smoothed one-hot targets.
+    """
     if _is_compiled_for_cpu(z, t, counted) and target_kernels(z, t) is cpu_targets:
         return operators.target_losses(z, t, counted, clip, smoothing)
     if computes_parts(z) and z.ndim > 1:

@@ -98,6 +98,17 @@ def summarize(
     return Summary(torch.zeros_like(r), r, torch.where(is_here, clamp(p, *clip), 0))
 
 
+def merge(slices: Summary) -> Summary:
+    """The summary of whole rows, (...), by those of R slices of their classes, (R, ...).
+
+    At most one of them has the label.
+    """
+    m = slices.m.amax(0)
+    shift = torch.where(m == -torch.inf, 0, m)
+    terms = slices.r * (slices.m - shift).exp()
+    return Summary(m, row_sums(terms.movedim(0, -1)), slices.p.amax(0))
+
+
 def row_gradients(
     g: Tensor, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, summary: Summary
 ) -> Tensor:

@@ -30,15 +30,13 @@ m + log s: for logits with an offset of 1e5 that keeps the gradient's relative e
 offset of 1e4. The loss of probabilities takes one logarithm: log s and log p are both near -15
 where all the probabilities are tiny, and their difference keeps only the digits that -15 leaves.
 
-Summaries of disjoint slices of the classes `merge`. Blocks of a kernel, chunks of a linear head and
-shards of the classes on several ranks all use this merge. A slice without the label has no p:
-minus infinity for logits, 0 for probabilities. Whether a label is in [0, C) is checked after the
-merge.
+Summaries of disjoint slices of the classes merge (`aten.merge`), as those of a kernel's lanes, and
+of several ranks. A slice without the label has no p: minus infinity for logits, 0 for
+probabilities. Whether a label is in [0, C) is checked after the merge.
 """
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 Clip = tuple[float, float] | None  # None: logits; the inclusive bounds of probabilities
@@ -97,7 +95,10 @@ class Kernels(Protocol):
 
 
 class TargetKernels(Protocol):
-    """A module for rows with a target for every class, t (..., C): see `targets`."""
+    """A module for rows with a target for every class, t (..., C): see `targets`.
+
+    t may also be labels y (...) that are to be smoothed.
+    """
 
     @staticmethod
     def forward(
@@ -116,17 +117,41 @@ class TargetKernels(Protocol):
         smoothing: float,
         needs: tuple[bool, bool],
         saved: Saved,
+        out: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dz and dt in the shapes and dtypes of z and t; None for one that is not needed."""
+        """dz and dt in the shapes and dtypes of z and t; None for one that is not needed.
+
+        dz is written to `out` if that is given, as that of `Kernels` is.
+        """
         ...
 
 
-def merge(a: Summary, b: Summary) -> Summary:
-    """The summary of two slices of the classes together; at most one of them has the label."""
-    m = torch.maximum(a.m, b.m)
-    shift = torch.where(m == -torch.inf, 0, m)  # where all logits are minus infinity so far
-    r = a.r * (a.m - shift).exp() + b.r * (b.m - shift).exp()
-    return Summary(m, r, torch.maximum(a.p, b.p))
+class SmoothedLabels(NamedTuple):
+    """Kernels for labels that are smoothed, by those for targets."""
+
+    kernels: TargetKernels
+    smoothing: float
+
+    def forward(
+        self, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
+    ) -> tuple[Tensor, Saved]:
+        return self.kernels.forward(z, y, counted, clip, self.smoothing)
+
+    def backward(
+        self,
+        g: Tensor,
+        z: Tensor,
+        y: Tensor,
+        counted: Tensor | None,
+        clip: Clip,
+        in_range: bool,
+        saved: Saved,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        needs = (True, False)
+        dz, _ = self.kernels.backward(g, z, y, counted, clip, self.smoothing, needs, saved, out)
+        assert dz is not None
+        return dz
 
 
 def sums(summary: Summary, clip: Clip) -> Tensor:

@@ -73,6 +73,7 @@ typedef struct Job {
     bool probabilities; /* not logits */
     double low, high;   /* bounds of probabilities */
     double smoothing;   /* of targets */
+    bool hot;           /* whether targets are one-hot ones, of the labels */
 
     /* The axes of the rows, the innermost last: their sizes, their steps in y and what else has
      * one element for each row, and their steps in each tensor, in elements. */
@@ -322,7 +323,7 @@ INLINE bool find_block(const Job *job, const Group *group, int64_t first, Block 
         block->lanes = group->rows;
         for (int w = 0; w < LANES; w++) {
             int64_t k = group->y[w] - first;
-            block->label[w] = 0 <= k && k < block->steps ? (int32_t)k : -1;
+            block->label[w] = !job->hot && 0 <= k && k < block->steps ? (int32_t)k : -1;
         }
         return true;
     }
@@ -336,7 +337,7 @@ INLINE bool find_block(const Job *job, const Group *group, int64_t first, Block 
             block->label[w] = 0;
     }
     int64_t k = group->y[0] - block->first;
-    block->labelled = 0 <= k && k < block->steps * LANES ? (int)(k % LANES) : -1;
+    block->labelled = !job->hot && 0 <= k && k < block->steps * LANES ? (int)(k % LANES) : -1;
     if (block->labelled >= 0)
         block->label[block->labelled] = (int32_t)(k / LANES);
     return true;
@@ -512,7 +513,8 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     job.loss = (void *)(uintptr_t)loss;
     job.saved = (void *)(uintptr_t)saved;
 
-    bool targets = job.data[T] != NULL, wide = job.kind[Z] == F64;
+    job.hot = job.y && job.smoothing > 0;
+    bool targets = job.data[T] || job.hot, wide = job.kind[Z] == F64;
     job.spread = job.class_step[Z] == 1 && job.classes >= FEW;
     job.unit = units[wide][targets][backward];
     if (job.spread && job.classes > 2 * SEGMENT && (backward || !targets))

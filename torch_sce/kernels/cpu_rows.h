@@ -178,6 +178,18 @@ INLINE REAL *NAME(place)(
     return own ? NAME(address)(job, group, block, x) : copy;
 }
 
+/* Keeps the last classes of a row in parts, which are computed twice, if the gradient of the first
+ * time is written over them. */
+INLINE bool NAME(keep_last)(const Job *job, const Group *group, REAL *last)
+{
+    bool kept = job->spread && job->data[Z] == job->data[DZ]
+        && (group->end - group->begin) % LANES && group->any_counted;
+    Block block = {.first = group->end - LANES, .steps = 1, .lanes = LANES};
+    if (kept)
+        NAME(copy_block)(job, group, &block, Z, 0, last);
+    return kept;
+}
+
 /* ---- Sums ---------------------------------------------------------------------------------- */
 
 /* What the rows of a group have added up so far: m and r of `contract`, or m and s. */
@@ -389,14 +401,8 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
         }
     if (job->spread)
         FOR_LANES(w) f[w] = f[0], shift[w] = shift[0];
-    /* The last classes of a row in parts are computed twice, the second time from a copy. */
     REAL last[LANES];
-    bool twice = job->spread && job->data[Z] == job->data[DZ]
-        && (group->end - group->begin) % LANES && group->any_counted;
-    if (twice) {
-        block.first = group->end - LANES, block.steps = 1, block.lanes = LANES;
-        NAME(copy_block)(job, group, &block, Z, 0, last);
-    }
+    bool kept = NAME(keep_last)(job, group, last);
     flatten(job, group);
     if (group->flat) {
         NAME(repeat)(job, group, f, f_of);
@@ -411,7 +417,7 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
             for (int i = 0; i < block.steps; i++)
                 FOR_LANES(w) dz[i * out_step + w] = 0;
         } else {
-            const REAL *z = twice && block.first + LANES == group->end
+            const REAL *z = kept && block.first + LANES == group->end
                 ? last : NAME(read)(job, group, &block, Z, 0, in, &step);
             if (job->probabilities)
                 for (int i = 0; i < block.steps; i++)
@@ -455,11 +461,29 @@ typedef struct {
     double loss[LANES];      /* sum_j t_j (m - z_j); of probabilities sum_j t_j -log c_j */
 } NAME(TargetSums);
 
+/* A block of one-hot targets, NaN in rows whose label is not a class. */
+INLINE const REAL *NAME(one_hot)(
+    const Job *job, const Group *group, const Block *block, REAL *copy, int64_t *step)
+{
+    REAL other[LANES];
+    FOR_LANES(w) other[w] = group->y[job->spread ? 0 : w] < 0 ? (REAL)NAN : 0;
+    for (int k = 0; k < block->steps; k++)
+        FOR_LANES(w) copy[k * LANES + w] = other[w];
+    for (int w = 0; w < (job->spread ? 1 : block->lanes); w++) {
+        int64_t k = group->y[w] - block->first;
+        if (group->y[w] >= 0 && 0 <= k && k < block->steps * (job->spread ? LANES : 1))
+            copy[job->spread ? k : k * LANES + w] = 1;
+    }
+    *step = LANES;
+    return copy;
+}
+
 /* A block of targets, smoothed. */
 INLINE const REAL *NAME(read_targets)(
     const Job *job, const Group *group, const Block *block, REAL *copy, int64_t *step)
 {
-    const REAL *t = NAME(read)(job, group, block, T, 0, copy, step);
+    const REAL *t = job->hot ? NAME(one_hot)(job, group, block, copy, step)
+                             : NAME(read)(job, group, block, T, 0, copy, step);
     if (job->smoothing == 0)
         return t;
     REAL keep = (REAL)(1 - job->smoothing), share = (REAL)(job->smoothing / (double)job->classes);
@@ -588,7 +612,8 @@ INLINE void NAME(group_target_gradients)(const Job *job, Group *group)
             f[w] = (REAL)((double)g[w] * total[w] / s[w]);
         }
     }
-    REAL scale = (REAL)(1 - job->smoothing);
+    REAL scale = (REAL)(1 - job->smoothing), last[LANES];
+    bool kept = NAME(keep_last)(job, group, last);
     FOR_BLOCKS(k) {
         int64_t step, t_step, dz_step, dt_step;
         REAL *dz = NAME(place)(job, group, &block, DZ, dz_copy, &dz_step);
@@ -596,7 +621,8 @@ INLINE void NAME(group_target_gradients)(const Job *job, Group *group)
         const REAL *z = z_copy, *t = t_copy;
         step = t_step = LANES;
         if (group->any_counted) {
-            z = NAME(read)(job, group, &block, Z, 0, z_copy, &step);
+            z = kept && block.first + LANES == group->end
+                ? last : NAME(read)(job, group, &block, Z, 0, z_copy, &step);
             t = NAME(read_targets)(job, group, &block, t_copy, &t_step);
         } else {
             memset(z_copy, 0, sizeof z_copy);

@@ -17,7 +17,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """The loss of every row, and three numbers of every row."""
     loss, saved = results(z, z.shape[:-1], 3)
-    run(False, z, _readable(t), counted=counted, loss=loss, saved=saved, clip=clip,
+    run(False, z, **_given(z, t), counted=counted, loss=loss, saved=saved, clip=clip,
         smoothing=smoothing)  # fmt: skip
     return loss, (saved,)
 
@@ -31,14 +31,18 @@ def backward(
     smoothing: float,
     needs: tuple[bool, bool],
     saved: Saved,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
     dz, dt = (empty_like(x) if need else None for x, need in zip((z, t), needs, strict=True))
-    run(True, z, _readable(t), dz, dt, counted=counted, g=g, saved=saved[0], clip=clip,
+    dz = dz if out is None else out
+    run(True, z, dz=dz, dt=dt, **_given(z, t), counted=counted, g=g, saved=saved[0], clip=clip,
         smoothing=smoothing)  # fmt: skip
     return dz, dt
 
 
-def _readable(t: Tensor) -> Tensor:
-    """Targets in a dtype that cpu.c reads: unsigned integers and floats of 8 bits are rare."""
-    return t if t.dtype in KINDS else t.to(torch.float32)
+def _given(z: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """Labels as y; targets as t, in a dtype that cpu.c reads: 8-bit floats and some are rare."""
+    if t.ndim < z.ndim:
+        return {"y": t}
+    return {"t": t if t.dtype in KINDS else t.to(torch.float32)}

@@ -6,7 +6,8 @@ one pass is enough, with
     u = sum_j t_j (z_j - m)             loss = T log s - u
 
 where m, s and u are rescaled when a larger logit is found. Probabilities take two passes, since
-they are clipped after their sum is known. A row is not read if it does not count.
+they are clipped after their sum is known. A row is not read if it does not count. Where t holds
+labels, one-hot targets are made of them in registers.
 """
 
 # Of a kernel, a type checker sees the function that Triton compiles. Its parameters have no types,
@@ -40,7 +41,7 @@ def forward(
     grid, given = launch(rows, z, t, counted, tile, clip)
     given = (*given, t.stride(-1), 1 - smoothing, smoothing / z.shape[-1])
     with torch.cuda.device_of(z):
-        _forward[grid](*given, loss, m, s, a, **tile.options(clip))
+        _forward[grid](*given, loss, m, s, a, LABELS=t.ndim < z.ndim, **tile.options(clip))
     return loss, (m, s, a)
 
 
@@ -53,12 +54,14 @@ def backward(
     smoothing: float,
     needs: tuple[bool, bool],
     saved: Saved,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
     dz, dt = (empty_like(x) if need else None for x, need in zip((z, t), needs, strict=True))
+    dz = dz if out is None else out
     places = (z if dz is None else dz, t if dt is None else dt)
     rows = rows_of(z, t, *places)
-    if len(rows.sizes) > AXES:
+    if len(rows.sizes) > AXES and out is None:
         z, t = z.contiguous(), t.contiguous()
         return backward(g, z, t, counted, clip, smoothing, needs, saved)
     if z.numel() == 0:
@@ -71,7 +74,7 @@ def backward(
     with torch.cuda.device_of(z):
         _backward[programs, triton.cdiv(z.shape[-1], tile.classes)](
             *given, dz, dt, *steps, g if same else g.contiguous(), *saved,
-            SAME=same, **tile.options(clip),
+            SAME=same, LABELS=t.ndim < z.ndim, **tile.options(clip),
         )  # fmt: skip
     return dz, dt
 
@@ -80,7 +83,8 @@ def backward(
 def _forward(
     z, t, counted, low, high, size_1, size_2, tiles, classes, step, step_0, step_1, step_2,
     t_0, t_1, t_2, t_step, keep, added, loss, m_out, s_out, a_out,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr, CLIP: tl.constexpr,
+    LABELS: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+    CLIP: tl.constexpr,
 ):  # fmt: skip
     """The losses, m, s and a of a tile of rows with targets."""
     outer, inner, row = place(size_2, tiles, ROWS)
@@ -88,13 +92,16 @@ def _forward(
     counts = counting(counted, row, inside)
     z += offsets(outer, inner, size_1, step_0, step_1, step_2)
     t += offsets(outer, inner, size_1, t_0, t_1, t_2)
+    if LABELS:
+        t = tl.load(t, mask=counts, other=0)
     if CLIP:
         value, m, s, a = _walk_probabilities(
-            z, t, low, high, classes, step, t_step, keep, added, counts, ROWS, CLASSES, AXIS
-        )
+            z, t, low, high, classes, step, t_step, keep, added, counts,
+            LABELS, ROWS, CLASSES, AXIS,
+        )  # fmt: skip
     else:
         value, m, s, a = _walk_logits(
-            z, t, classes, step, t_step, keep, added, counts, ROWS, CLASSES, AXIS
+            z, t, classes, step, t_step, keep, added, counts, LABELS, ROWS, CLASSES, AXIS
         )
     tl.store(loss + row, tl.where(counts, 0 - value, 0.0), mask=inside)  # never -0.0
     tl.store(m_out + row, m, mask=inside)
@@ -105,7 +112,7 @@ def _forward(
 @triton.jit
 def _walk_logits(
     z, t, classes, step, t_step, keep, added, counts,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+    LABELS: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """The negative losses, m, s and T of rows of logits."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -116,7 +123,8 @@ def _walk_logits(
     for first in range(0, classes, CLASSES):
         j, here = _classes(first, classes, counts, CLASSES, AXIS)
         block = _load(z, j, step, here, float("-inf"), AXIS)
-        target = tl.where(here, _load(t, j, t_step, here, 0, AXIS) * keep + added, 0.0)
+        target = _target(t, j, t_step, here, classes, keep, added, LABELS, AXIS)
+        target = tl.where(here, target, 0.0)
         before, m_before = top, m
         top = tl.maximum(top, tl.max(block, AXIS))
         m = tl.where(top == float("-inf"), 0.0, top)
@@ -130,7 +138,7 @@ def _walk_logits(
 @triton.jit
 def _walk_probabilities(
     z, t, low, high, classes, step, t_step, keep, added, counts,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+    LABELS: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """The negative losses, numbers of entries not clipped, s and a of rows of probabilities."""
     s = tl.zeros([ROWS], tl.float32)
@@ -144,7 +152,7 @@ def _walk_probabilities(
     for first in range(0, classes, CLASSES):
         j, here = _classes(first, classes, counts, CLASSES, AXIS)
         block = _load(z, j, step, here, 0.0, AXIS)
-        target = _load(t, j, t_step, here, 0, AXIS) * keep + added
+        target = _target(t, j, t_step, here, classes, keep, added, LABELS, AXIS)
         n, c, w = _normalise(block, target, tl.expand_dims(s, AXIS), low, high)
         value += tl.sum(tl.where(here, target * tl.log(c), 0.0), AXIS)
         free += tl.sum(tl.where(here & (n == c), 1.0, 0.0), AXIS)
@@ -157,8 +165,8 @@ def _backward(
     z, t, counted, low, high, size_1, size_2, tiles, classes, step, step_0, step_1, step_2,
     t_0, t_1, t_2, dz_0, dz_1, dz_2, dt_0, dt_1, dt_2, t_step, keep, added,
     dz, dt, dz_step, dt_step, g, m, s, a,
-    SAME: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
-    CLIP: tl.constexpr,
+    SAME: tl.constexpr, LABELS: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    AXIS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of rows and classes with targets, except one that is None."""
     outer, inner, row = place(size_2, tiles, ROWS)
@@ -170,8 +178,10 @@ def _backward(
     j, here = _classes(tl.program_id(1) * CLASSES, classes, counts, CLASSES, AXIS)
     z += offsets(outer, inner, size_1, step_0, step_1, step_2)
     t += offsets(outer, inner, size_1, t_0, t_1, t_2)
+    if LABELS:
+        t = tl.load(t, mask=counts, other=0)
     block = _load(z, j, step, here, 0.0, AXIS)
-    target = _load(t, j, t_step, here, 0, AXIS) * keep + added
+    target = _target(t, j, t_step, here, classes, keep, added, LABELS, AXIS)
     if CLIP:
         _, c, w = _normalise(block, target, s, low, high)
         logarithms = tl.log(c)
@@ -194,6 +204,20 @@ def _normalise(q, target, s, low, high):
     n = tl.div_rn(q, s)  # as PyTorch divides: which entries are clipped must not depend on it
     c = clipped(n, low, high)
     return n, c, tl.where(n == c, target / c, 0.0)
+
+
+@triton.jit
+def _target(
+    t, j, step, here, classes, keep, added, LABELS: tl.constexpr, AXIS: tl.constexpr
+):  # fmt: skip
+    """Targets of entries, smoothed; NaN for a label outside [0, C)."""
+    if LABELS:
+        y = tl.expand_dims(t, AXIS)
+        target = tl.where(j == y, 1.0, 0.0)
+        target = tl.where((y >= 0) & (y < classes), target, float("nan"))
+    else:
+        target = _load(t, j, step, here, 0, AXIS)
+    return target * keep + added
 
 
 @triton.jit

@@ -85,15 +85,15 @@ def classes_of(z: Any) -> Slice | None:
 
 
 def head_of_rank(
-    hidden: Any, weight: Any, bias: Any
+    hidden: Any, weight: Any, bias: Any, divides_classes: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Slice | None]:
     """This rank's part of a linear head (see `head`), and which classes it has; None: all.
 
-    Rows stay where they are, and so do classes along one axis of the mesh that has no rows. Along
-    an axis with rows each rank has a summand of the weight's gradient.
+    Rows stay where they are, and if `divides_classes` so do classes along one axis of the mesh that
+    has no rows. Along an axis with rows each rank has a summand of the weight's gradient.
     """
     rows = _of_rows(hidden)
-    axis = _axis_of_classes(weight, 0, rows)
+    axis = _axis_of_classes(weight, 0, rows) if divides_classes else None
     classes = _divided([Replicate() for _ in rows], axis, 0)
     gradients = [
         p if row.is_replicate() else Partial() for p, row in zip(classes, rows, strict=True)

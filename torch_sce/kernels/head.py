@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, library
 
 from ..arrays import HALVES
-from . import kernels_for, modes, require_first_derivative
+from . import kernels_for, modes, require_first_derivative, target_kernels
 from .aten import real_dtype
-from .contract import Kernels
+from .contract import Kernels, SmoothedLabels
 from .cpu import prefer_huge_pages
 from .shards import Slice, SliceKernels
 
@@ -38,7 +38,7 @@ Needs = Sequence[bool]  # whether x, weight and bias need a gradient
 INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor? counted, "
     "float? softcap, ScalarType compute, ScalarType seen, int chunk_bytes, bool in_range, "
-    "str? group=None, int[] part=[]"
+    "str? group=None, int[] part=[], float smoothing=0.0"
 )
 
 
@@ -57,6 +57,7 @@ class Head(NamedTuple):
     in_range: bool
     group: str | None = None  # the name of the ranks' group
     part: Sequence[int] = ()  # the other fields of a `Slice`
+    smoothing: float = 0.0  # of labels, if the classes are not divided
 
     def shard(self) -> Slice | None:
         return None if self.group is None else Slice(modes.group_called(self.group), *self.part)
@@ -164,8 +165,11 @@ def _prepared(head: Head) -> Head:
     return head._replace(weight=head.weight.to(head.compute), bias=bias)
 
 
-def _kernels(z: Tensor, head: Head) -> Kernels | SliceKernels:
+def _kernels(z: Tensor, head: Head) -> Kernels | SliceKernels | SmoothedLabels:
     shard = head.shard()
+    if head.smoothing:
+        assert shard is None
+        return SmoothedLabels(target_kernels(z, head.y), head.smoothing)
     return kernels_for(z) if shard is None else SliceKernels(kernels_for(z), shard)
 
 

@@ -8,7 +8,6 @@ them in the order of the ranks: losses and gradients have the same bits whicheve
 them. The backward pass needs no communication.
 """
 
-import functools
 import operator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import PLAIN, are_plain, aten, kernels_for, modes, require_first_derivative
-from .contract import Clip, Kernels, Saved, Summary, merge
+from .contract import Clip, Kernels, Saved, Summary
 
 _FOUND: dict[tuple[int, str], tuple[int, ...]] = {}
 
@@ -192,9 +191,7 @@ def _term(q: Tensor, m: Tensor, clip: Clip) -> Tensor:
 
 def _merged(every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """m, r and the prediction of the label of whole rows, in float64; NaN if no rank has it."""
-    slices = [Summary(*rank.unbind()) for rank in every.double().unbind()]
-    m, r, _ = functools.reduce(merge, slices)
-    q = slices[0].p
-    for each in slices[1:]:
-        q = torch.where(each.p.isnan(), q, each.p)
-    return m, r, q
+    m, r, q = every.double().unbind(1)
+    has_label = ~q.isnan()
+    m, r, q = aten.merge(Summary(m, r, torch.where(has_label, q, -torch.inf)))
+    return m, r, torch.where(has_label.any(0), q, torch.nan)

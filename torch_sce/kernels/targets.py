@@ -17,7 +17,9 @@ That is what tf.keras does for `CategoricalCrossentropy`: probabilities are norm
 clipped then, the other way round than for integer labels. Its gradient for logits has 1 in the
 place of T; here it is the derivative of the loss, whatever the targets add up to.
 
-Targets may be smoothed on the way: t_j becomes (1 - smoothing) t_j + smoothing / C.
+Targets may be smoothed on the way: t_j becomes (1 - smoothing) t_j + smoothing / C. Where labels
+are to be smoothed, t is (...): integers y, one axis less, for t_j = [j = y]. Such targets are made
+a block at a time, as NaN for a label outside [0, C).
 
     z, t     (..., C)   predictions and targets, each in a dtype of its own
     counted  (...)      bool: rows that are not have loss 0 and gradient 0; None: all are
@@ -31,14 +33,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aten import block_size, blocks, clamp_inclusive, empty_like, row_dtype, row_sums
+from .aten import (
+    at_label,
+    block_size,
+    blocks,
+    clamp_inclusive,
+    empty_like,
+    finished,
+    one_or_nan,
+    row_dtype,
+    row_sums,
+)
 from .contract import Clip, Saved
 
 
 def losses(z: Tensor, t: Tensor, counted: Tensor | None, clip: Clip, smoothing: float) -> Tensor:
     """The loss of every row, in operations that autograd and the compiler understand."""
+    if t.ndim < z.ndim:
+        return _label_losses(z, t, counted, clip, smoothing)
     z, t = _as_counted(z, t, counted, smoothing)
     return 0 - (t * _logarithms(z, clip)).sum(-1)  # never -0.0
+
+
+def _label_losses(
+    z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, smoothing: float
+) -> Tensor:
+    """The same for labels, without targets."""
+    z = z.to(row_dtype(z))
+    logarithms = _logarithms(z if counted is None else _where(counted, z, 1), clip)
+    loss = 0 - smoothing * logarithms.mean(-1)
+    if smoothing < 1:  # 0 * log 0 would be NaN
+        loss = loss - (1 - smoothing) * at_label(logarithms, y.clamp(0, z.shape[-1] - 1))
+    return finished(loss, y, counted, z.shape[-1])
 
 
 def gradients(
@@ -86,12 +112,13 @@ def backward(
     smoothing: float,
     needs: tuple[bool, bool],
     saved: Saved,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
-    dz = empty_like(z) if needs[0] else None
-    dt = empty_like(t) if needs[1] else None
+    dz, dt = (empty_like(x) if need else None for x, need in zip((z, t), needs, strict=True))
+    dz = dz if out is None else out
     g = g.unsqueeze(-1)
-    for rows, z_, t_, a, b in _walk(z, t, clip, smoothing):
+    for rows, z_, t_, a, b in _walk(z, t, clip, smoothing, copies=out is not None):
         g_ = g[rows]
         if clip is None:
             if dt is not None:
@@ -124,12 +151,24 @@ def _as_counted(
     z: Tensor, t: Tensor, counted: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """z and t as they are computed with, without what rows that do not count may hold."""
-    z, t = z.to(row_dtype(z)), t.to(row_dtype(z))
+    z, t = z.to(row_dtype(z)), _hot(t, z).to(row_dtype(z))
     if smoothing:
         t = t * (1 - smoothing) + smoothing / z.shape[-1]
     if counted is not None:
-        z, t = (torch.where(counted.unsqueeze(-1), x, fill) for x, fill in ((z, 1), (t, 0)))
+        z, t = _where(counted, z, 1), _where(counted, t, 0)
     return z, t
+
+
+def _where(counted: Tensor, x: Tensor, fill: int) -> Tensor:
+    return torch.where(counted.unsqueeze(-1), x, fill)
+
+
+def _hot(t: Tensor, z: Tensor) -> Tensor:
+    """Targets; labels as one-hot ones, NaN for one outside [0, C)."""
+    if t.ndim == z.ndim:
+        return t
+    is_label = torch.arange(z.shape[-1], device=t.device) == t.unsqueeze(-1)
+    return is_label * one_or_nan(t, z.shape[-1]).unsqueeze(-1)
 
 
 def _logarithms(z: Tensor, clip: Clip) -> Tensor:
@@ -152,14 +191,17 @@ def _log_softmax(z: Tensor, out: Tensor) -> Tensor:
     return torch.sub(z, m, out=out).sub_(s.log_())
 
 
-def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: float) -> Iterator[tuple[Any, ...]]:
+def _walk(
+    z: Tensor, t: Tensor, clip: Clip, smoothing: float, copies: bool = False
+) -> Iterator[tuple[Any, ...]]:
     """The rows of each block, their z and t as they are computed with, and a tensor for use.
 
-    For probabilities there is a second one.
+    For probabilities there is a second one. `copies`: z may be written over.
     """
     dtype = row_dtype(z)
     every = list(blocks(z.shape[:-1], z.shape[-1], block_size(z)))
-    needed = (True, clip is not None, z.dtype != dtype, t.dtype != dtype or smoothing > 0)
+    copies = copies or z.dtype != dtype
+    needed = (True, clip is not None, copies, t.dtype != dtype or smoothing > 0)
     scratch = [empty_like(z[every[0]], dtype) if each and every else None for each in needed]
     for rows in every:
         z_, t_ = z[rows], t[rows]
@@ -168,7 +210,7 @@ def _walk(z: Tensor, t: Tensor, clip: Clip, smoothing: float) -> Iterator[tuple[
         if c is not None:
             z_ = c.copy_(z_)
         if d is not None:
-            t_ = d.copy_(t_)
+            t_ = d.copy_(_hot(t_, z_))
         if smoothing:
             t_.mul_(1 - smoothing).add_(smoothing / z.shape[-1])
         yield rows, z_, t_, a, b

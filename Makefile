@@ -11,7 +11,8 @@ OTHER := .venv-torch-$(TORCH)
 
 SANITIZED := build/sanitized
 
-.PHONY: cross-check benchmark test test-sanitized test-torch test-cuda notebooks docs lint
+.PHONY: cross-check benchmark test test-frameworks test-sanitized test-torch test-cuda notebooks docs \
+	lint
 
 # Compares with the real tf.keras. Options go into ARGS: make cross-check ARGS="--cases 10000"
 cross-check: $(READY)
@@ -27,6 +28,11 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_kernels.py tests/test_cuda.py \
 		tests/test_crosscheck.py::test_every_path_agrees_with_keras
+
+# The recipes of docs/distributed.md, with the frameworks that they are for.
+test-frameworks: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt --group frameworks
+	$(BIN)/python -m pytest tests/test_frameworks.py $(ARGS)
 
 # cpu.c with sanitizers, on Linux with gcc: the first access outside of an array, overflow or shift
 # too far ends the run. With the instructions of every x86-64, and with AVX2 where there is.

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import torch_sce
 from torch_sce.crosscheck.draw import draw
+from torch_sce.kernels import dtensors
 
 CASES, SEED = 300, 17
 WITHIN = {"rtol": 1e-12, "atol": 1e-14, "equal_nan": True}  # of float64, in another order
@@ -634,7 +635,7 @@ def check_heads_of_dtensors():
         for shape in ((3, 7, 4), (9, 4), (9,), (3, 7))
     )
     y = torch.randint(-1, 9, (3, 7), generator=generator)
-    tensors = (x, weight, bias)
+    larger = weight.repeat(4, 1), bias.repeat(4)  # rows are gathered rather than the weight
     options: list[Any] = list(product(("mean", "none", "sum"), (True, False), (None, 600)))
     for mesh in meshes():
         of_x = product([Replicate(), Shard(0), Shard(1), Shard(2)], repeat=mesh.ndim)
@@ -646,6 +647,7 @@ def check_heads_of_dtensors():
                 -1, reduction, logit_softcap=4, dtype="float64", chunk_bytes=chunk,
                 label_smoothing=0.1 * (case % 4 == 0), class_weight={2: 0.5},
             )  # fmt: skip
+            tensors = (x, *larger) if case % 2 else (x, weight, bias)
             places = (here, there, [p if p == Shard(0) else Replicate() for p in there])
             spread = [dtensor(t, mesh, where) for t, where in zip(tensors, places, strict=True)]
             found: list[list[Any]] = []
@@ -708,6 +710,12 @@ def check_communication_of_dtensors():
             losses.backward(g)
         assert counts.get_total_counts() == gathers, counts.get_comm_counts()
         assert sent == [("all_gather", 24)] * gathers
+
+    # Of what an axis of the mesh divides, rows and classes, the smaller is gathered.
+    weight = dtensor(torch.randn(40, 5), mesh, [Shard(0)])
+    for rows, place in ((8, Replicate()), (80, Shard(0))):
+        hidden = dtensor(torch.randn(rows, 5), mesh, [Shard(0)])
+        assert dtensors.with_rows_for(weight, hidden).placements == (place,)
 
 
 def check_dtensors_refuse():

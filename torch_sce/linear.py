@@ -497,6 +497,9 @@ def _of_rank(given: _Given, samples: Samples, options: _Options) -> _OfRank:
     if is_dtensor(hidden):
         from .kernels import dtensors  # imported here: few need it, and it is slow
 
+        if not options.smoothing:
+            hidden = dtensors.with_rows_for(given.weight, hidden)
+            given = given._replace(hidden=hidden)
         x, weight, bias, shard = dtensors.head_of_rank(*given, not options.smoothing)
         given, options = _Given(x, weight, bias), options._replace(shard=shard)
         rows = partial(dtensors.part_of_rows, like=hidden)

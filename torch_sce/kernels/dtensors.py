@@ -84,6 +84,15 @@ def classes_of(z: Any) -> Slice | None:
     return _slice(z, z.ndim - 1, _axis_of_classes(z, z.ndim - 1, _of_rows(z)))
 
 
+def with_rows_for(weight: Any, hidden: Any) -> Any:
+    """`hidden`, its rows gathered along an axis of the mesh that divides a larger weight, too."""
+    rows = _of_rows(hidden)
+    for axis, (own, row) in enumerate(zip(weight.placements, rows, strict=True)):
+        if own.is_shard(0) and row.is_shard() and hidden.numel() < weight.numel():
+            return _moved(hidden, [*rows[:axis], Replicate(), *rows[axis + 1 :]])
+    return hidden
+
+
 def head_of_rank(
     hidden: Any, weight: Any, bias: Any, divides_classes: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Slice | None]:

@@ -25,7 +25,7 @@ benchmark: $(READY)
 
 # The second run has Triton's kernels in its interpreter, on the CPU.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_kernels.py tests/test_cuda.py \
 		tests/test_crosscheck.py::test_every_path_agrees_with_keras
 
@@ -57,7 +57,7 @@ test-torch:
 	$(OTHER)/bin/python -m pip install --upgrade pip
 	$(OTHER)/bin/python -m pip install torch==$(TORCH) $(if $(NUMPY),numpy==$(NUMPY),numpy) \
 		-e '.[metrics,report]' --group test
-	$(OTHER)/bin/python -m pytest --without-tensorflow -n auto --dist loadgroup $(ARGS)
+	$(OTHER)/bin/python -m pytest --without-tensorflow -n auto $(ARGS)
 
 # Executes the notebooks, some minutes; ARGS=--overwrite keeps what they print and draw.
 notebooks: $(READY)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import CHECKS
-from torchrun import torchrun
+from torchrun import once, torchrun
 
 import torch_sce
 from torch_sce import SparseCategoricalCrossentropy
@@ -23,15 +23,11 @@ pytestmark = [
 RANKS = Path(__file__).with_name("ranks.py")
 
 
-# One worker for all that is found in one run of the ranks.
-RUNS = [pytest.param(n, marks=pytest.mark.xdist_group(f"{n} ranks")) for n in (2, 4)]
-
-
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=[2, 4])
 def failed(request, tmp_path_factory):
     """The checks that failed on some rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torchrun(request.param, RANKS, folder)
+    ranks = request.param
+    folder = once(f"{ranks}-ranks", tmp_path_factory, lambda folder: torchrun(ranks, RANKS, folder))
     files = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
     assert len(files) == request.param
     return {name: text for file in files for name, text in file.items()}

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from test_tensor_kinds import MODELS, SIZES, Problem
 from torch.torch_version import TorchVersion
+from torchrun import once
 
 import torch_sce
 
 pytestmark = [
-    pytest.mark.xdist_group("dtensor"),  # one worker for all that the ranks find
     pytest.mark.skipif("torch.get_default_device().type != 'cpu'"),
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
     pytest.mark.skipif(
@@ -183,20 +183,25 @@ def main():
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
     """The cases that failed on a rank."""
-    store = tmp_path_factory.mktemp("ranks") / "store"
+    folder = once("dtensor", tmp_path_factory, run)
+    found = [json.loads((folder / rank).read_text().splitlines()[-1]) for rank in "01"]
+    return found[1] | found[0]
+
+
+def run(folder):
     program = "import sys; sys.path.append('tests'); from test_dtensor import *; main()"
     ranks = [
-        subprocess.Popen([sys.executable, "-c", program, rank, store], text=True,
+        subprocess.Popen([sys.executable, "-c", program, rank, folder / "store"], text=True,
                          cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
         for rank in "01"
     ]  # fmt: skip
     try:
-        found = [rank.communicate(timeout=LIMIT)[0] for rank in ranks]
+        for name, rank in zip("01", ranks, strict=True):
+            (folder / name).write_text(rank.communicate(timeout=LIMIT)[0])
     finally:
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0]
-    return json.loads(found[1].splitlines()[-1]) | json.loads(found[0].splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", [name for name, _, _ in cases()])

@@ -1,7 +1,10 @@
 """Runs a script on several processes, by PyTorch's own command."""
 
+import os
 import subprocess
 import sys
+
+from filelock import FileLock  # PyTorch needs it, too
 
 LIMIT = 240  # seconds
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -16,3 +19,14 @@ def torchrun(ranks, *arguments, fails=False):
             done = subprocess.run(command, timeout=LIMIT, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
+
+
+def once(name, tmp_path_factory, run):
+    """The folder that `run` has filled: once for all of pytest's workers, of which others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run(folder)
+    return folder

@@ -245,8 +245,7 @@ def device_of(x: Any) -> torch.device:
 
 def on_every_rank(x: Tensor) -> Tensor:
     """x as a plain tensor, also if it is a DTensor."""
-    whole: Callable[[], Tensor] | None = getattr(x, "full_tensor", None)
-    return x if whole is None else whole()
+    return x.full_tensor() if is_dtensor(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def of_shape(x: Any, like: ArrayLike) -> ArrayLike:

@@ -65,13 +65,13 @@ def row_losses(
         return target_losses(z, y, counted, clip, smoothing)
     if _is_compiled_for_cpu(z, y, counted):
         return operators.label_losses(z, y, counted, clip)
-    if computes_parts(z) and z.ndim > 1:
-        from . import dtensors  # imported here: few need it, and it is slow
-
-        z, y, counted = dtensors.placed(z, y, counted, divides_classes=True)
-        kernels = dtensors.Labels(dtensors.classes_of(z))
-        return _RowLosses.apply(z, y, counted, clip, in_range, kernels)
     if needs_definition(z, y, counted):
+        if computes_parts(z) and z.ndim > 1:
+            from . import dtensors  # imported here: few need it, and it is slow
+
+            z, y, counted = dtensors.placed(z, y, counted, divides_classes=True)
+            kernels = dtensors.Labels(dtensors.classes_of(z))
+            return _RowLosses.apply(z, y, counted, clip, in_range, kernels)
         z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, counted, clip)
     shape, kernels = y.shape, kernels_for(z)
@@ -97,13 +97,12 @@ def target_losses(
     """
     if _is_compiled_for_cpu(z, t, counted) and target_kernels(z, t) is cpu_targets:
         return operators.target_losses(z, t, counted, clip, smoothing)
-    if computes_parts(z) and z.ndim > 1:
-        from . import dtensors
-
-        return _TargetLosses.apply(
-            *dtensors.placed(z, t, counted), clip, smoothing, dtensors.Targets
-        )
     if needs_definition(z, t, counted):
+        if computes_parts(z) and z.ndim > 1:
+            from . import dtensors
+
+            z, t, counted = dtensors.placed(z, t, counted)
+            return _TargetLosses.apply(z, t, counted, clip, smoothing, dtensors.Targets)
         return targets.losses(whole_rows(z), whole_rows(t), counted, clip, smoothing)
     if z.ndim > 1:
         return _TargetLosses.apply(z, t, counted, clip, smoothing, target_kernels(z, t))

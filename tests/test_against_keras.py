@@ -121,7 +121,8 @@ for name, y, z, class_weight, reduction in json.load(sys.stdin):
     model.compile(keras.optimizers.SGD(1.0), loss)
     class_weight = {int(label): weight for label, weight in class_weight.items()}
     try:
-        history = model.fit(z, y, batch_size=len(z), verbose=0, class_weight=class_weight).history
+        one_batch = {"batch_size": len(z), "shuffle": False, "verbose": 0}
+        history = model.fit(z, y, class_weight=class_weight, **one_batch).history
         step = np.eye(z.shape[-1]) - dense.get_weights()[0]
         found.append([history["loss"][0], step.tolist()])
     except Exception as error:

@@ -5,16 +5,18 @@
 Each rank has a slice of the logits, (N, C / R), and gets the mean loss and the gradient of its
 slice:
 
-    torch_sce           `class_group=`: three numbers a row are exchanged
-    torch_sce, DTensor  the same of a DTensor, without an option
-    loss_parallel       PyTorch's own, in its context
-    gather              the whole logits on every rank, and `F.cross_entropy`
+    class_group      `SparseCategoricalCrossentropy(class_group=...)`: three numbers a row are
+                     exchanged
+    DTensor          the same of a DTensor, without an option
+    loss_parallel    PyTorch's own, in its context: `F.cross_entropy`
+    gathered logits  the whole logits on every rank, and `F.cross_entropy`
 
 A time is that of the slowest rank, between two barriers; the candidates take turns. A rank's memory
 is the most that it has in use beyond its logits, among all ranks.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +37,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch_sce import SparseCategoricalCrossentropy
 
 SHAPES = [(2048, 128256), (4096, 32000)]
-OURS, OF_DTENSOR, PARALLEL, GATHER = "torch_sce", "torch_sce, DTensor", "loss_parallel", "gather"
+OURS, OF_DTENSOR, PARALLEL, GATHER = "class_group", "DTensor", "loss_parallel", "gathered logits"
 
 Step = Callable[[str], None]  # a pass
 
@@ -46,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="rows and classes; may be given several times")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     options = parser.parse_args(arguments)
+    if "RANK" not in os.environ:
+        parser.error("run it by torchrun --nproc-per-node 2 scripts/benchmark_ranks.py")
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: must be at least 1")
+    for rows, classes in options.shape or ():
+        if rows < 1 or classes < int(os.environ["WORLD_SIZE"]):
+            parser.error(f"--shape {rows} {classes}: each rank needs a row and a class")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
@@ -109,7 +118,7 @@ def measured(steps: dict[str, Step], rounds: int, device: str) -> Table:
             if not done:
                 steps[name](which)
     times = {key: median(found) for key, found in seconds.items()}
-    table = Table("", *(f"{which}, ms" for which in PASSES), "times torch_sce's", "memory, MiB")
+    table = Table("", *(f"{which}, ms" for which in PASSES), f"times {OURS}'s", "memory, MiB")
     for name, step in steps.items():
         ratios = [f"{times[name, which] / times[OURS, which]:.2f}" for which in PASSES]
         table.add_row(

@@ -18,14 +18,17 @@ Three runs have the same batches and begin with the same weights:
     mean of means       several processes, each micro-batch has its own mean
 
 The first two must end with the same losses and weights, except for rounding. The third one, as most
-training loops have it, gives a label in a short speech more weight than one in a long speech.
+training loops have it, gives a label in a short speech more weight than one in a long speech. It
+depends on how many parts a batch has: with `tensor` only micro-batches, otherwise ranks, too.
 """
 
 import argparse
 import gzip
+import math
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,6 +57,7 @@ SPEECHES, MICRO_BATCHES = 16, 2  # in a step of all ranks; in a step of each ran
 LENGTH, WIDTH, BLOCKS, PARTS = 128, 64, 2, 4  # labels in a speech; of the model, of its attention
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
 PADDING = -1
+NONE = 1e-18  # how a plot shows a difference of 0
 
 Batch = tuple[Tensor, Tensor]  # characters and labels, (B, T)
 Step = Callable[[nn.Module, list[Batch]], Tensor]  # computes a loss and gradients
@@ -269,7 +273,8 @@ def train_alone(setting: Setting, steps: list[list[Tensor]]) -> tuple[Run, float
     def run(setting: Setting) -> Run:
         step = one_mean(setting)
         batches = [[padded(speeches, setting.device)] for speeches in steps]
-        return train(setting.model(), batches, step, f"one process, {setting.head}")
+        dtype = str(setting.dtype).removeprefix("torch.")
+        return train(setting.model(), batches, step, f"one process, {setting.head}, {dtype}")
 
     alone = run(setting)
     if setting.dtype == torch.float64:
@@ -331,13 +336,14 @@ def mean_of_means(group: Any) -> Step:
 def train(model: nn.Module, batches: list[list[Batch]], step: Step, name: str) -> Run:
     # Not Adam, which does not notice that all gradients are too large by the same factor.
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM)
-    losses = []
+    losses, start = [], time.perf_counter()
     for number, micro_batches in enumerate(batches, 1):
         losses.append(step(model, micro_batches))
         optimizer.step()
         optimizer.zero_grad()
-        if dist.get_rank() == 0 and (number % 10 == 0 or number == len(batches)):
-            print(f"{name}: step {number} of {len(batches)}, loss {losses[-1]:.4f}", flush=True)
+        if dist.get_rank() == 0 and (number % 30 == 0 or number == len(batches)):
+            progress = f"step {number} of {len(batches)}, {time.perf_counter() - start:.0f} s"
+            print(f"{name}: {progress}, loss {losses[-1]:.4f}", flush=True)
     return Run(torch.stack(losses).double().cpu(), [whole(p) for p in model.parameters()])
 
 
@@ -383,9 +389,13 @@ def plot(path: Path, found: list[Comparison]) -> None:
     """A column for each comparison: the losses, and how far they are from those of one process."""
     from matplotlib.figure import Figure  # optional
 
-    figure = Figure((max(6, 4 * len(found)), 5), layout="constrained")
-    panels = figure.subplots(2, len(found), sharex=True, sharey="row", squeeze=False)
-    for each, (losses, differences) in zip(found, panels.T, strict=True):
+    columns = min(len(found), 4)
+    rows = math.ceil(len(found) / columns)
+    figure = Figure((max(6, 3.4 * columns), 5 * rows), layout="constrained")
+    panels = figure.subplots(2 * rows, columns, sharex=True, squeeze=False)
+    for number, each in enumerate(found):
+        row, column = divmod(number, columns)
+        losses, differences = panels[2 * row : 2 * row + 2, column]
         losses.set_title(each.name)
         losses.plot(each.alone.losses, color="#c9d1d9", lw=5, label="one process")
         differences.set(xlabel="step", yscale="log")
@@ -395,9 +405,12 @@ def plot(path: Path, found: list[Comparison]) -> None:
         ):
             losses.plot(run.losses, color=color, label=label)
             relative = (run.losses / each.alone.losses - 1).abs()
-            differences.plot(relative, ".", color=color)  # 0 has no place on this axis
-    panels[0, 0].set_ylabel("loss, nats")
-    panels[1, 0].set_ylabel("relative difference\nfrom one process")
+            differences.plot(relative.clamp(min=NONE), ".", color=color)
+        if column == 0:
+            losses.set_ylabel("loss, nats")
+            differences.set_ylabel(f"relative difference\nfrom one process ({NONE}: none)")
+    for unused in panels[-2:, len(found) - columns * (rows - 1) :].flat:
+        unused.remove()
     panels[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=130)
 

@@ -5,6 +5,7 @@ and why, to FOLDER/RANK.json.
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -14,7 +15,6 @@ import re
 import sys
 import traceback
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -78,12 +78,12 @@ def parts(n, ranks, seed):
     return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
 
 
-def value_and_gradients(loss, y, z, weight, mask, summed=False):
+def value_and_gradients(loss, y, z, weight, mask, summed=False, n=None):
     leaves = [x.detach().clone().requires_grad_() for x in (z, weight) if x is not None]
     leaves += [y.clone().requires_grad_()] if y.is_floating_point() else []
     given = leaves[2 if weight is not None else 1] if y.is_floating_point() else y
     w = None if weight is None else leaves[1]
-    value = loss(given, leaves[0], w, mask)
+    value = loss(given, leaves[0], w, mask, denominator=n)
     total = value.sum() if summed else value
     grads = torch.autograd.grad(total, leaves, allow_unused=True)
     return value.detach(), [
@@ -96,29 +96,64 @@ def check_means():
     rank, ranks = dist.get_rank(), dist.get_world_size()
     wrong = []  # raised at the end, as no rank may wait for another
     for number, (name, loss, *given) in enumerate(flat_cases()):
-        want, slopes = value_and_gradients(loss, *given)
         part = parts(len(given[1]), ranks, number)[rank]
         mine: list[Any] = [None if x is None else x[part] for x in given]
-        loss.process_group = True
-        value, found = value_and_gradients(loss, *mine)
-        n = None if loss.reduction == "sum" else loss.denominator(*mine)
-        loss.process_group = None
-        whole = torch.ones(()) if n is None else loss.denominator(*given)
+        whole = None if loss.reduction == "sum" else loss.denominator(*given)
         try:
-            torch.testing.assert_close(value, want, **WITHIN)
-            for dx, slope in zip(found, slopes, strict=True):
-                # That of a weight in its own mean is a difference of terms as large as value / n.
-                terms = torch.cat((slope.flatten(), (want / whole).reshape(1))).abs()
-                least = 1e-13 * terms[terms.isfinite()].sum().item()
-                within = {"rtol": 1e-12, "atol": least, "equal_nan": True}
-                torch.testing.assert_close(dx / ranks, slope[part], **within)
-            if n is not None:
+            # With the denominator as a part of the loss, then as a constant.
+            for constant in (False,) if whole is None else (False, True):
+                loss.process_group = None
+                want, slopes = value_and_gradients(loss, *given, n=whole if constant else None)
+                loss.process_group = True
+                n = None if whole is None else loss.denominator(*mine)
+                value, found = value_and_gradients(loss, *mine, n=n if constant else None)
+                torch.testing.assert_close(value, want, **WITHIN)
                 torch.testing.assert_close(n, whole, rtol=1e-12, atol=0)
+                for dx, slope in zip(found, slopes, strict=True):
+                    # That of a weight in its own mean is a difference of terms as large as value/n.
+                    terms = want / (1 if whole is None else whole)
+                    terms = torch.cat((slope.flatten(), terms.reshape(1))).abs()
+                    least = 1e-13 * terms[terms.isfinite()].sum().item()
+                    within = {"rtol": 1e-12, "atol": least, "equal_nan": True}
+                    torch.testing.assert_close(dx / ranks, slope[part], **within)
         except Exception as error:
             wrong.append(
                 f"{name} {loss} {[None if x is None else x.shape for x in given]}: {error}"
             )
     assert not wrong, f"{len(wrong)} cases: " + "\n".join(wrong[:5])
+
+
+def check_weights_that_broadcast():
+    """The value of the whole, or an error on every rank: never one that depends on the cut."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(4)
+    batch, length, number, refused = 3 * ranks, 4, 0, 0
+    y = torch.randint(0, 5, (batch, length), generator=generator)
+    z = torch.randn(batch, length, 5, generator=generator, dtype=torch.float64)
+    shapes = [None, (), (1, 1), (1, length), (batch, 1), (batch, length)]
+    for reduction, w, v in itertools.product(
+        ("sum", "sum_over_batch_size", "mean_with_sample_weight"), shapes, shapes
+    ):
+        weight = None if w is None else torch.rand(w, generator=generator, dtype=torch.float64)
+        mask = None if v is None else torch.rand(v, generator=generator) < 0.7
+        options: dict[str, Any] = {"reduction": reduction, "dtype": "float64"}
+        loss = torch_sce.SparseCategoricalCrossentropy(True, process_group=True, **options)
+        want = torch_sce.SparseCategoricalCrossentropy(True, **options)(y, z, weight, mask)
+        part = parts(batch, ranks, number := number + 1)[rank]
+        mine: list[Any] = [
+            x if x is None or x.shape[:1] != (batch,) else x[part] for x in (y, z, weight, mask)
+        ]
+        try:
+            value = loss(*mine)
+        except (ValueError, RuntimeError) as error:
+            refused += 1
+            assert reduction == "mean_with_sample_weight", error
+            assert re.search("must have the losses' first axis|other ranks", str(error)), error
+        else:
+            torch.testing.assert_close(value, want, **WITHIN)
+    refusals = [None] * ranks
+    dist.all_gather_object(refusals, refused)
+    assert len(set(refusals)) == 1 and refused == 27, refusals
 
 
 def check_class_shards():
@@ -228,6 +263,56 @@ def check_errors_of_any_kind():
         assert compiled(y - 1, z).isnan()  # where nothing counts, too
 
 
+def check_denominators():
+    """One that another rank does not have, or has other, is an error on all ranks."""
+    rank = dist.get_rank()
+    y, z = torch.zeros(4, dtype=torch.long), torch.zeros(4, 3)
+    loss = torch_sce.SparseCategoricalCrossentropy(True, process_group=True)
+    assert loss(y, z, denominator=1 / 3).item() > 0
+    for n in (3.0 + rank, 3.0 if rank == 1 else None):
+        with pytest.raises(ValueError, match="denominator must be given on all ranks"):
+            loss(y, z, denominator=n)
+    z[0] = torch.nan
+    mask = torch.tensor([1.0, -1, 0, 0])  # its sum is 0, and yet something counts
+    one = torch_sce.SparseCategoricalCrossentropy(True)
+    assert loss(y, z, mask=mask).isnan() and one(y, z, mask=mask).isnan()
+
+
+def check_groups_of_their_own():
+    """Losses with a group that is not all ranks: copies have it, and a repr shows it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    group, first = dist.new_group(range(ranks)), dist.new_group([0])
+    y, z = torch.arange(3) % 2, torch.rand(3, 2)
+    given: tuple[dict[str, Any], ...] = ({"process_group": group}, {"class_group": group})
+    for options in given:
+        loss = torch_sce.SparseCategoricalCrossentropy(True, **options)
+        model = torch.nn.ModuleList([loss])
+        for other in (copy.deepcopy(model)[0], loss.as_criterion().loss, copy.copy(loss)):
+            assert vars(other).get("process_group") is options.get("process_group")
+            assert vars(other).get("class_group") is options.get("class_group")
+            assert other(y, z) == loss(y, z)
+        assert f"{next(iter(options))}=<" in repr(loss)
+    loss, mesh = torch_sce.SparseCategoricalCrossentropy(True), next(iter(meshes()))
+    for name in ("process_group", "class_group"):
+        if rank == 1:
+            with pytest.raises(TypeError, match="a group that this rank is not in"):
+                setattr(loss, name, first)
+        with pytest.raises(TypeError, match=r"pass mesh.get_group\(\), of one of its axes"):
+            setattr(loss, name, mesh)
+    # A loss that was unpickled in a process that has made none like it.
+    loss = pickle.loads(
+        pickle.dumps(torch_sce.SparseCategoricalCrossentropy(True, class_group=True))
+    )
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert compiled(y, z) == loss(y, z)
+    # Asked once for the number of classes, also through a criterion that makes copies.
+    criterion = torch_sce.SparseCategoricalCrossentropy(True, class_group=True).as_criterion()
+    criterion(z, y)
+    with CommDebugMode() as counts:
+        criterion(z, y, reduction="none")
+    assert counts.get_total_counts() == 1
+
+
 def check_errors():
     """An error on one rank is one on all of them, and nobody waits."""
     rank = dist.get_rank()
@@ -244,17 +329,29 @@ def check_errors():
         else:
             raise AssertionError("no error")
         loss(y, torch.zeros(4, 3))
-    try:
-        torch_sce.SparseCategoricalCrossentropy(True, process_group=True)(
-            torch.full((4,), 7 * rank), torch.zeros(4, 3)
-        )
-    except (ValueError, RuntimeError):
-        return
-    raise AssertionError("no error")
+    losses = torch_sce.SparseCategoricalCrossentropy(True, process_group=True)
+    heads = torch_sce.LinearSparseCategoricalCrossentropy(process_group=True)
+    y, z, hidden, weight = (
+        torch.zeros(4).long(),
+        torch.zeros(4, 3),
+        torch.ones(4, 2),
+        torch.ones(3, 2),
+    )
+    out, wrong = y + 7 * (rank == 1), {"weights": 3} if rank == 1 else {}
+    for call in (
+        lambda: losses(out, z),
+        lambda: heads(out, hidden, weight),
+        lambda: losses(y, z, **wrong),
+        lambda: heads(y, hidden, weight, **wrong),
+        lambda: losses.denominator(y, (4 - 9 * (rank == 1), 3)),
+        lambda: losses(y, z, denominator=torch.nan if rank == 1 else 4),
+    ):
+        with pytest.raises((ValueError, TypeError) if rank == 1 else RuntimeError):
+            call()
 
 
 def check_communication():
-    """One all-reduce forward, of three numbers, and nothing backward."""
+    """One all-reduce forward, of four numbers, and nothing backward."""
     loss = torch_sce.SparseCategoricalCrossentropy(True, process_group=True)
     z = torch.zeros(4, 3, requires_grad=True)
     with CommDebugMode() as counts:
@@ -316,14 +413,21 @@ def check_class_shards_refuse():
     y, z = torch.zeros(3, dtype=torch.long), z.requires_grad_()
     groups: tuple[dict[str, Any], ...] = ({"class_group": True}, {"process_group": True})
     for options in groups:
+        one = torch_sce.SparseCategoricalCrossentropy(True, **options)
         with pytest.raises(RuntimeError, match="differentiated twice"):
-            value = torch_sce.SparseCategoricalCrossentropy(True, **options)(y, z)
-            torch.autograd.grad(value, z, create_graph=True)
+            torch.autograd.grad(one(y, z), z, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no transforms of torch\.func"):
+            torch.func.grad(functools.partial(one, y))(z)
+    with pytest.raises(RuntimeError, match="no batches of gradients"):
+        value = torch_sce.SparseCategoricalCrossentropy(True, class_group=True)(y, z)
+        torch.autograd.grad(value, z, torch.ones(2), is_grads_batched=True)
     assert loss.denominator(y + n - 1, torch.Size([3, n])) == 3  # of whole predictions, too
     with pytest.raises(ValueError, match=r"always have as many classes.* 4 on this rank, got 2"):
         loss(y, z[:, :2])
     with pytest.raises(TypeError, match="explain takes whole predictions"):
         torch_sce.explain(loss, y, z)
+    with pytest.raises(TypeError, match="explain takes the batch of one process"):
+        torch_sce.explain(torch_sce.SparseCategoricalCrossentropy(process_group=True), y, z)
     other = copy.deepcopy(torch_sce.SparseCategoricalCrossentropy(True, class_group=True))
     pickle.loads(pickle.dumps(loss))
     torch.testing.assert_close(other(y, z), loss(y, z))
@@ -397,7 +501,9 @@ def check_heads():
     torch.manual_seed(0)
     weight, bias = torch.randn(7, 5).double(), torch.randn(7).double()
     w = torch.rand(24).double()
-    for reduction, known in product(("mean", "sum", "mean_with_sample_weight"), (True, False)):
+    for reduction, known in itertools.product(
+        ("mean", "sum", "mean_with_sample_weight"), (True, False)
+    ):
         options: dict[str, Any] = {
             "ignore_class": -1, "reduction": reduction, "dtype": "float64", "label_smoothing": 0.1,
             "class_weight": torch.linspace(0.5, 2, 7),
@@ -442,7 +548,7 @@ def check_heads_with_divided_classes():
     dist.broadcast(w, 0)
     y = torch.randint(-1, classes, (24,), generator=generator)
     same = None
-    for reduction, ignored, softcap, has_bias, known, chunk in product(
+    for reduction, ignored, softcap, has_bias, known, chunk in itertools.product(
         ("mean", "none", "mean_with_sample_weight"), (True, False), (None, 3.0), (True, False),
         (True, False), (400, None),
     ):  # fmt: skip
@@ -613,7 +719,7 @@ def check_second_derivatives_of_dtensors():
     sparse = torch_sce.SparseCategoricalCrossentropy(True, -1)
     soft = torch_sce.CategoricalCrossentropy(True, label_smoothing=0.1)
     for mesh in meshes():
-        for places in product((Replicate(), Shard(0), Shard(1)), repeat=mesh.ndim):
+        for places in itertools.product((Replicate(), Shard(0), Shard(1)), repeat=mesh.ndim):
             for loss, labels in ((sparse, y), (soft, z.cos())):
                 found = []
                 for given in (
@@ -636,12 +742,16 @@ def check_heads_of_dtensors():
     )
     y = torch.randint(-1, 9, (3, 7), generator=generator)
     larger = weight.repeat(4, 1), bias.repeat(4)  # rows are gathered rather than the weight
-    options: list[Any] = list(product(("mean", "none", "sum"), (True, False), (None, 600)))
+    options: list[Any] = list(
+        itertools.product(("mean", "none", "sum"), (True, False), (None, 600))
+    )
     for mesh in meshes():
-        of_x = product([Replicate(), Shard(0), Shard(1), Shard(2)], repeat=mesh.ndim)
-        of_weight = list(product([Replicate(), Shard(0), Shard(1)], repeat=mesh.ndim))
-        cases = list(enumerate(product(of_x, of_weight)))[:: 2 * mesh.ndim - 1]
-        for (case, (here, there)), turn in product(cases, range(2 if mesh.ndim == 1 else 1)):
+        of_x = itertools.product([Replicate(), Shard(0), Shard(1), Shard(2)], repeat=mesh.ndim)
+        of_weight = list(itertools.product([Replicate(), Shard(0), Shard(1)], repeat=mesh.ndim))
+        cases = list(enumerate(itertools.product(of_x, of_weight)))[:: 2 * mesh.ndim - 1]
+        for (case, (here, there)), turn in itertools.product(
+            cases, range(2 if mesh.ndim == 1 else 1)
+        ):
             reduction, known, chunk = options[(2 * case + turn) % len(options)]
             loss = torch_sce.LinearSparseCategoricalCrossentropy(
                 -1, reduction, logit_softcap=4, dtype="float64", chunk_bytes=chunk,
@@ -733,6 +843,34 @@ def check_dtensors_refuse():
     assert whole(loss(y + 5, leaf)).isnan()  # the same on all ranks
 
 
+def check_ranks_without_a_part():
+    """Those that a mesh does not have: an empty result, and nobody waits."""
+    mesh = DeviceMesh("cpu", [0])
+    y, z = torch.tensor([0, 2, 1]), torch.arange(9.0).view(3, 3)
+    loss = torch_sce.SparseCategoricalCrossentropy(True, reduction="none")
+    head = torch_sce.LinearSparseCategoricalCrossentropy(reduction="none")
+    has_part = mesh.get_coordinate() is not None
+    for place in (Shard(0), Shard(1), Replicate()):
+        leaf = distribute_tensor(z, mesh, [place]).requires_grad_()
+        rows = Shard(0) if place == Shard(0) else Replicate()
+        found = loss(distribute_tensor(y, mesh, [rows]), leaf)
+        (dz,) = torch.autograd.grad(found.sum(), leaf)
+        assert (local(found).numel(), local(dz).numel()) == ((3, 9) if has_part else (0, 0))
+        # PyTorch has no gradients of parts there.
+        found = head(y, leaf.detach(), distribute_tensor(torch.eye(3), mesh, [Shard(0)]))
+        assert local(found).numel() == (3 if has_part else 0)
+
+
+def check_denominators_of_dtensors():
+    """Also from the shape of predictions alone."""
+    loss = torch_sce.SparseCategoricalCrossentropy(True, ignore_class=-1)
+    y = torch.arange(12).view(4, 3) % 4 - 1
+    for mesh in meshes():
+        for place in (Shard(0), Shard(1), Replicate()):
+            given = dtensor(y, mesh, [Replicate()] * (mesh.ndim - 1) + [place])
+            assert whole(loss.denominator(given, torch.Size([4, 3, 3]))) == 9
+
+
 def check_compiled_dtensors():
     """Each rank has a graph of its own: PyTorch would take the first rank's from its cache."""
     (mesh, *_), rank = meshes(), dist.get_rank()
@@ -761,11 +899,26 @@ def check_options():
             with pytest.raises(ValueError, match=r"from_logits must be the same .*True, False"):
                 loss(y, z)
             loss = torch_sce.SparseCategoricalCrossentropy(True, -1, "sum", **group)
+            loss.class_weight = [1, 2, 3] if rank == 1 else None  # not in the others' configs
+            for _ in range(2):  # the same error again
+                with pytest.raises(ValueError, match="class_weight must be the same"):
+                    loss(y, z)
+            kind = "none" if rank == 1 else "sum"
+            loss = torch_sce.SparseCategoricalCrossentropy(True, -1, kind, **group)
+            with pytest.raises(ValueError, match=r"reduction must be the same .*'sum', 'none'"):
+                loss(y, z)
+            nan = {"ignore_class": torch.nan, "reduction": "sum"}
+            loss = torch_sce.SparseCategoricalCrossentropy(True, **nan, **group)
             assert loss(y, z) == loss(y, z)
+            assert copy.deepcopy(loss)(y, z) == loss(y, z)
             assert pickle.loads(pickle.dumps(loss))(y, z) == loss(y, z)
         loss = torch_sce.SparseCategoricalCrossentropy(True, class_group=True)
-        with pytest.raises(ValueError, match=r"numel\(\) / C must be the same.*\[4, 3"):
+        with pytest.raises(ValueError, match=r"numel\(\) / C must be the same.*got 4, 3"):
             loss(y[: 4 - (rank == 1)], z[: 4 - (rank == 1)])
+        loss = torch_sce.LinearSparseCategoricalCrossentropy(class_group=True)
+        hidden = torch.ones(4, 2, requires_grad=rank == 1)
+        with pytest.raises(ValueError, match=r"hidden\.requires_grad must be the same"):
+            loss(y, hidden, z[:3, :2])
 
 
 def check_compiled():

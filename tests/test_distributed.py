@@ -144,3 +144,13 @@ def test_the_scripts_of_the_page_run(name, line, tmp_path):
     printed = torchrun(2, tmp_path / name).stdout.strip()
     assert re.fullmatch(line, printed), printed
     assert f"prints `{printed}`" in GUIDE
+
+
+BENCHMARK = Path(__file__).parent.parent / "scripts" / "benchmark_ranks.py"
+
+
+def test_the_benchmark_of_ranks_has_a_row_for_each_candidate(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = torchrun(2, BENCHMARK, "--shape", 8, 40, "--rounds", 1).stdout
+    for name in ("class_group", "DTensor", "loss_parallel", "gathered logits"):
+        assert re.search(rf"{name} +│ +\d", out), out

@@ -113,8 +113,9 @@ def _placed(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Tensor:
     if there is None and like_name == "hidden":
         raise TypeError(
             f"{name} must not be a DTensor if hidden is not, got one with placements {here}: under "
-            "FSDP leave the head in the group of the whole model, or call head.unshard() first; "
-            f"{name}.full_tensor() alone would not add up its gradient over the ranks"
+            "FSDP leave the head in the group of the whole model, or call head.unshard() first "
+            f"({name}.full_tensor() alone would not add up its gradient over the ranks); with "
+            f"class_group pass {name}.to_local()"
         )
     if there is None:
         raise TypeError(

@@ -7,13 +7,14 @@ With n_r and d_r the numerator and denominator of rank r, and R ranks, every ran
     gradient  = R * dn_r / sum_r d_r
 
 so that the average of the ranks' gradients, which DDP and FSDP take, is the gradient of the value.
-This takes one all-reduce of three numbers.
+This takes one all-reduce of four numbers.
 
 A rank that raises an error takes part in the all-reduce before it does, so that no other waits for
 it: on the CPU they raise an error, too, elsewhere their value is NaN.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Unpack
@@ -23,16 +24,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .arrays import ArrayLike, float64_on, to_tensor
-from .kernels import is_dtensor, require_first_derivative
-from .kernels.shards import Slice, allow_graphs, find_slice
+from .kernels import is_dtensor, modes, require_first_derivative
+from .kernels.shards import Slice, find_slice
 from .options import NoArguments, WithOptions
-from .reduction import numerator_and_denominator, ratio, reduce
+from .reduction import numerator_and_denominator, quotient, ratio, reduce
 from .samples import Samples, values_can_be_read
 
-Unreduced = tuple[Tensor, Tensor | None, Tensor | None]  # losses, weight and mask
+# Losses, weight and mask, and what gives a reduced value its gradients.
+Unreduced = tuple[Tensor, Tensor | None, Tensor | None, Callable[[Tensor], Tensor]]
 _NUMBERS = itertools.count()  # of losses
-_OF_GROUPS = ("_found", "_number", "_compared")  # attributes that are found for a group
 Group = Any  # a ProcessGroup, which PyTorch builds without distributed do not have
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def parse_group(name: str, group: Any) -> Group | bool | None:
@@ -40,17 +45,11 @@ def parse_group(name: str, group: Any) -> Group | bool | None:
         return group or None
     if dist.is_available() and isinstance(group, dist.ProcessGroup):
         return group
-    raise TypeError(
-        f"{name} must be True for all processes, a group of torch.distributed, or None, got "
-        f"{group!r}"
-    )
-
-
-def parse_class_group(value: Any) -> Group | bool | None:
-    group = parse_group("class_group", value)
-    if group is not None:
-        allow_graphs()
-    return group
+    rule = f"{name} must be True for all processes, a group of torch.distributed, or None"
+    if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(f"{rule}, got a group that this rank is not in: it has no use of the loss")
+    hint = ": pass mesh.get_group(), of one of its axes" if hasattr(group, "get_group") else ""
+    raise TypeError(f"{rule}, got {group!r}{hint}")
 
 
 def group_of(process_group: Group | bool | None) -> Group | None:
@@ -63,91 +62,144 @@ def group_of(process_group: Group | bool | None) -> Group | None:
 
 def reduced(
     loss: WithOptions,
-    compute: Callable[[], Unreduced],
+    compute: Callable[[Tensor | None], Unreduced],
     y_pred: Any,
     denominator: ArrayLike | None,
 ) -> Tensor:
-    """The value of a loss, over its group if it has one. `compute` may raise."""
+    """The value of a loss, over its group if it has one.
+
+    `compute` may raise. It gets what the loss divides by before the ranks are added up, None for
+    its own denominator.
+    """
     reduction, group = loss.reduction, reducing_group(loss)
     device = device_of(y_pred)
     with shared_errors(group, device):
         given = parse_denominator(denominator, device, reduction)
-        losses, weight, mask = compute()
+        divisor = given if group is None else torch.ones((), device=device)
+        losses, weight, mask, attached = compute(divisor)
         if group is None:
-            return reduce(losses, weight, mask, reduction, given).to(loss.dtype)
-        parts = numerator_and_denominator(losses, weight, mask, reduction)
-        total, count = map(on_every_rank, parts)
-    return group_mean(total, count, group, given, reduction).to(loss.dtype)
+            return attached(reduce(losses, weight, mask, reduction, given).to(loss.dtype))
+        total, count = _summands(losses, weight, mask, reduction, given)
+        total = attached(total)
+    return _group_mean(total, count, group, given, reduction).to(loss.dtype)
 
 
 def reducing_group(loss: WithOptions) -> Group | None:
     """The group that a loss takes its value over."""
-    group = None if loss.reduction in ("none", None) else group_of(loss.process_group)
-    if group is not None:
-        require_same_options(loss, "process_group", group)
+    group = group_of(loss.process_group)
+    if group is None:
+        return None
+    require_same_options(loss, "process_group", group)
+    if loss.reduction in ("none", None):
+        return None
+    if modes.transforms_active():
+        raise RuntimeError(
+            "a loss with process_group has no transforms of torch.func: leave the group out"
+        )
     return group
 
 
-def require_same_options(loss: WithOptions, name: str, group: Group, **others: int) -> None:
+def require_same_options(loss: WithOptions, name: str, group: Group, **others: Any) -> None:
     """Raises on all ranks if theirs differ, in the first call if PyTorch's debug level is DETAIL.
 
     `others`: what else has to be the same.
     """
     if torch.compiler.is_compiling() or not _compares_ranks():
         return
-    if loss.__dict__.setdefault("_compared", {}).get(name) is group:
+    compared = loss.__dict__.setdefault("_compared", {})
+    if compared.get(name) is group:
         return
-    loss.__dict__["_compared"][name] = group
     groups = ("process_group", "class_group", "name")
-    mine = {k: v for k, v in loss.get_config().items() if k not in groups} | others
+    config = {k: repr(v) for k, v in loss.get_config().items() if k not in groups}
     every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, mine, group)
-    for option, value in mine.items():
-        values = [each.get(option) for each in every]
-        if any(each != value for each in values):
-            raise ValueError(f"{option} must be the same on all ranks of {name}, got {values}")
+    dist.all_gather_object(every, config | {k: repr(v) for k, v in others.items()}, group)
+    for option in dict.fromkeys(option for each in every for option in each):
+        values = [each.get(option, "None") for each in every]
+        if len(set(values)) > 1:
+            found = ", ".join(values)
+            raise ValueError(
+                f"{option} must be the same on all ranks of {name}, got {found}, by rank"
+            )
+    compared[name] = group
 
 
 @contextmanager
 def shared_errors(group: Group | None, device: torch.device) -> Generator[None]:
-    """What may raise on this rank, before `group_mean`, in which the others wait for it."""
+    """What may raise on this rank, before `_sums`, in which the others wait for it."""
     try:
         yield
     except Exception:
         if group is not None:
-            parts = torch.tensor([torch.nan, 0, 1], dtype=float64_on(device), device=device)
+            parts = torch.tensor([torch.nan, 0, 1, 0], dtype=float64_on(device), device=device)
             _all_reduce(parts, group)
         raise
 
 
-def group_mean(
+def _summands(
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str | None,
+    denominator: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The numerator and denominator of a part of a batch, of which the others have theirs.
+
+    `denominator`: that of the whole, if it is known.
+    """
+    if reduction == "mean_with_sample_weight" and denominator is None and losses.ndim:
+        for name, given in (("sample_weight", weight), ("mask", mask)):
+            if given is None or (given.ndim == losses.ndim and len(given) == len(losses)):
+                continue
+            raise ValueError(
+                f"{name} must have the losses' first axis, of {len(losses)}, got the shape "
+                f'{tuple(given.shape)}: with "mean_with_sample_weight" one weight for a whole '
+                "batch is divided by itself, so that the parts of a batch do not add up"
+            )
+    total, count = numerator_and_denominator(losses, weight, mask, reduction)
+    return on_every_rank(total), on_every_rank(count)
+
+
+def _group_mean(
     total: Tensor, count: Tensor, group: Group, denominator: Tensor | None, reduction: str | None
 ) -> Tensor:
     """The quotient of the sums over a group of `total` and `count`; for a sum that of `total`.
 
     `denominator` takes the place of the sum of `count`.
     """
-    n, d = _sums(total, count, group)
+    n, d = _sums(total, count, group, denominator)
     has_count = reduction != "sum" and denominator is None
-    if reduction == "sum":
-        d = torch.ones_like(d)
-    elif denominator is not None:
-        d = torch.where(d.isnan(), d, denominator.to(d.dtype))
-    return _GroupMean.apply(total, count, n, d, dist.get_world_size(group), has_count)
+    d = torch.ones_like(d) if reduction == "sum" else d
+    rule = reduction if denominator is None else None
+    return _GroupMean.apply(total, count, n, d, dist.get_world_size(group), has_count, rule)
 
 
-def _sums(total: Tensor, count: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Both, added up over a group; NaN, or an error on the CPU, if a rank had an error."""
-    wide = float64_on(total.device)
-    parts = torch.stack((total.detach(), count.detach(), torch.zeros_like(total))).to(wide)
-    *sums, errors = _all_reduce(parts, group).unbind()
-    if values_can_be_read(errors) and errors.item():
-        raise RuntimeError(
-            f"an error was raised on other ranks of the process group ({int(errors.item())}): see "
-            "theirs"
-        )
-    n, d = (torch.where(errors > 0, torch.nan, x) for x in sums)
-    return n, d
+def _sums(
+    total: Tensor, count: Tensor, group: Group, denominator: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both, added up over a group; NaN, or an error on the CPU, if a rank had an error.
+
+    With a `denominator` it is the second, and all ranks must have the same.
+    """
+    wide, is_given = float64_on(total.device), denominator is not None
+    divisor = count.detach() if denominator is None else denominator
+    numbers = (total.detach(), divisor, torch.zeros_like(total), torch.full_like(total, is_given))
+    n, d, errors, given = _all_reduce(torch.stack([x.to(wide) for x in numbers]), group).unbind()
+    ranks = dist.get_world_size(group)
+    if values_can_be_read(errors):
+        if errors.item():
+            raise RuntimeError(
+                f"an error was raised on other ranks of the process group ({int(errors.item())}): "
+                "see theirs"
+            )
+        differs = is_given and abs(d.item() / ranks - divisor.item()) > 1e-9 * abs(divisor.item())
+        if given.item() not in (0, ranks) or differs:
+            raise ValueError(
+                "denominator must be given on all ranks of process_group, and the same, got "
+                f"{divisor.item() if is_given else None} on this rank, with {int(given.item())} of "
+                f"{ranks} ranks that have one: a loss with the same process_group adds it up"
+            )
+    d = d / ranks if is_given else d
+    return torch.where(errors > 0, torch.nan, n), torch.where(errors > 0, torch.nan, d)
 
 
 def _compares_ranks() -> bool:
@@ -167,22 +219,25 @@ def parse_denominator(
     tensor = to_tensor("denominator", value, torch.empty(0, device=device))
     if tensor.numel() != 1:
         raise ValueError(f"denominator must be one number, got the shape {tuple(tensor.shape)}")
-    if values_can_be_read(tensor) and not tensor.item() >= 0:
-        raise ValueError(f"denominator must not be negative or NaN, got {tensor.item()}")
+    if values_can_be_read(tensor) and math.isnan(tensor.item()):
+        raise ValueError("denominator must be a number, got NaN")
     return tensor.detach().reshape(())  # a constant
 
 
-def denominator_of(loss: WithOptions, prepared: Callable[[], Samples], y_pred: Any) -> Tensor:
-    """What the mean over these samples divides by, or over those of the loss's group."""
+def denominator_of(loss: WithOptions, prepared: Callable[[], Samples], *given: Any) -> Tensor:
+    """What the mean over these samples divides by, or over those of the loss's group.
+
+    `given`: predictions or their shape, labels.
+    """
     if loss.reduction in ("none", None):
         raise ValueError('a loss with reduction="none" has no denominator')
     group = reducing_group(loss)
-    with shared_errors(group, device_of(y_pred)):
+    with shared_errors(group, device_of(*given)):
         samples = prepared()
         z = samples.z
         zeros = z.new_zeros(z.shape[:-1], dtype=float64_on(z.device))
-        parts = (zeros, samples.weight, samples.mask, loss.reduction)
-        total, count = (on_every_rank(x.detach()) for x in numerator_and_denominator(*parts))
+        total, count = _summands(zeros, samples.weight, samples.mask, loss.reduction)
+        total, count = total.detach(), count.detach()
     return count if group is None or loss.reduction == "sum" else _sums(total, count, group)[1]
 
 
@@ -198,9 +253,12 @@ class WithSlices(WithOptions):
         self._number = next(_NUMBERS)
 
     def _slice_of(
-        self, name: str, x: ArrayLike, classes_of: Callable[[Tensor], int]
+        self, name: str, x: ArrayLike, classes_of: Callable[[Tensor], int], **others: Any
     ) -> Slice | None:
-        """Which classes this rank has, found in the first call; None: all of them."""
+        """Which classes this rank has, found in the first call; None: all of them.
+
+        `others`: what has to be the same on all ranks, too.
+        """
         group = None if self.class_group is None else group_of(self.class_group)
         if group is None:
             return None
@@ -221,7 +279,8 @@ class WithSlices(WithOptions):
             self._found, self._number = None, next(_NUMBERS)
         if self._found is None:
             positions = x.numel() // max(size, 1)
-            require_same_options(self, "class_group", group, **{f"{name}.numel() / C": positions})
+            others = {f"{name}.numel() / C": positions} | others
+            require_same_options(self, "class_group", group, **others)
             self._found = find_slice(size, x.device, group, self._number)
         if self._found.size != size:  # only this rank knows, so it must not ask the others again
             raise ValueError(
@@ -230,17 +289,15 @@ class WithSlices(WithOptions):
             )
         return self._found
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name not in _OF_GROUPS}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = next(_NUMBERS)
 
 
-def device_of(x: Any) -> torch.device:
-    """That of a tensor; anything else is moved to the CPU."""
-    return x.device if isinstance(x, Tensor) else torch.device("cpu")
+def device_of(*given: Any) -> torch.device:
+    """That of the first tensor; anything else becomes one on the default device."""
+    found = next((x for x in given if isinstance(x, Tensor)), None)
+    return torch.empty(0).device if found is None else found.device
 
 
 def on_every_rank(x: Tensor) -> Tensor:
@@ -248,12 +305,18 @@ def on_every_rank(x: Tensor) -> Tensor:
     return x.full_tensor() if is_dtensor(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def of_shape(x: Any, like: ArrayLike) -> ArrayLike:
+def of_shape(name: str, x: Any, like: ArrayLike) -> ArrayLike:
     """x, or a tensor of this shape that has no memory, on the device of `like`."""
-    if not isinstance(x, tuple):
+    if not isinstance(x, tuple) or not all(isinstance(n, (int, torch.SymInt)) for n in x):
         return x
-    device = like.device if isinstance(like, Tensor) else None
-    return torch.empty((), device=device).expand(list(x))
+    if any(n < 0 for n in x):
+        raise ValueError(f"{name} must be a tensor or a shape, of sizes from 0 on, got {x}")
+    shaped = torch.empty((), device=device_of(like)).expand(list(x))
+    if not is_dtensor(like):
+        return shaped
+    from .kernels import dtensors  # imported here: few need it, and it is slow
+
+    return dtensors.replicated(shaped, like)
 
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -266,11 +329,18 @@ class _GroupMean(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, total: Tensor, count: Tensor, n: Tensor, d: Tensor, ranks: int, is_summed: bool
+        ctx: Any,
+        total: Tensor,
+        count: Tensor,
+        n: Tensor,
+        d: Tensor,
+        ranks: int,
+        is_summed: bool,
+        reduction: str | None,
     ) -> Tensor:
         ctx.save_for_backward(n, d)
         ctx.ranks, ctx.is_summed, ctx.dtype = ranks, is_summed, total.dtype
-        return ratio(n, d).to(total.dtype)
+        return quotient(n, d, reduction).to(total.dtype)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -278,4 +348,4 @@ class _GroupMean(torch.autograd.Function):
         (g,), (n, d) = upstream, ctx.saved_tensors
         slope = ratio(g.to(d.dtype) * ctx.ranks, d)
         of_count = ratio(-slope * n, d).to(ctx.dtype) if ctx.is_summed else None
-        return slope.to(ctx.dtype), of_count, None, None, None, None
+        return slope.to(ctx.dtype), of_count, None, None, None, None, None

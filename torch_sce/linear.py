@@ -15,17 +15,14 @@ from torch import Tensor, nn
 
 from .arrays import HALVES, ArrayLike, floats
 from .distributed import (
+    Unreduced,
     WithSlices,
     denominator_of,
-    device_of,
-    group_mean,
     of_shape,
     on_every_rank,
-    parse_class_group,
-    parse_denominator,
     parse_group,
-    reducing_group,
-    shared_errors,
+    reduced,
+    unchanged,
 )
 from .kernels import computes_parts, head, is_dtensor, needs_definition, row_losses, takes_operators
 from .kernels.shards import Slice, copied, shard_losses
@@ -43,7 +40,7 @@ from .options import (
     typed_as,
     unexpected,
 )
-from .reduction import factors, numerator_and_denominator, reduce
+from .reduction import factors
 from .samples import (
     Samples,
     dtype_of_predictions,
@@ -140,7 +137,7 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         "chunk_bytes": parse_chunk_bytes,
         "class_weight": parse_class_weight,
         "process_group": partial(parse_group, "process_group"),
-        "class_group": parse_class_group,
+        "class_group": partial(parse_group, "class_group"),
     }
 
     def __init__(
@@ -201,24 +198,14 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
             TypeError: dtypes that differ outside of autocast, labels or hidden states that are not
                 numbers of the right kind; other arguments, with ours for PyTorch's names.
         """
-        if others:
-            raise self._unexpected(others)
-        group, reduction = reducing_group(self), self.reduction
-        device = device_of(hidden)
-        with shared_errors(group, device):
-            n = parse_denominator(denominator, device, reduction)
+
+        def compute(divisor: Tensor | None) -> Unreduced:
+            if others:
+                raise self._unexpected(others)
             given = _head(hidden, weight, bias)
-            options = _options_of(self, self._slice_of("weight", given.weight, len))
-            divisor = n if group is None else torch.ones((), device=device)
-            samples, losses, attached = self._losses(
-                y_true, given, sample_weight, mask, options, divisor
-            )
-            parts = (losses, samples.weight, samples.mask, reduction)
-            if group is None:
-                return attached(reduce(*parts, n).to(self.dtype))
-            total, count = map(on_every_rank, numerator_and_denominator(*parts))
-            total = attached(total)
-        return group_mean(total, count, group, n, reduction).to(self.dtype)
+            return self._unreduced(y_true, given, sample_weight, mask, divisor)
+
+        return reduced(self, compute, hidden, denominator)
 
     if TYPE_CHECKING:
 
@@ -241,37 +228,39 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         Raises:
             ValueError: the reduction is "none"; as the loss, but labels may be any.
         """
-        hidden = of_shape(hidden, y_true)
 
         def prepared() -> Samples:
             return prepare(
-                y_true, hidden, sample_weight, mask,
+                y_true, of_shape("hidden", hidden, y_true), sample_weight, mask,
                 from_logits=True, axis=-1, ignore_class=self.ignore_class, checks_labels=False,
                 class_weight=self.class_weight,
             )  # fmt: skip
 
-        return denominator_of(self, prepared, hidden)
+        return denominator_of(self, prepared, hidden, y_true)
 
-    def _losses(
+    def _unreduced(
         self,
         y_true: ArrayLike,
         given: _Given,
         sample_weight: ArrayLike | None,
         mask: ArrayLike | None,
-        options: _Options,
-        denominator: Tensor | None,
-    ) -> tuple[Samples, Tensor, Callable[[Tensor], Tensor]]:
-        """The batch, its losses, and what gives the reduced value its gradients.
-
-        These are known beforehand where each loss's factor in it is, from `denominator`.
-        """
+        divisor: Tensor | None,
+    ) -> Unreduced:
+        """The gradients are known beforehand where each loss's factor in the value is."""
+        needs_gradients = {
+            f"{name}.requires_grad": isinstance(x, Tensor) and x.requires_grad
+            for name, x in (("hidden", given.hidden), ("sample_weight", sample_weight))
+        }
+        options = _options_of(self, self._slice_of("weight", given.weight, len, **needs_gradients))
         if not _in_chunks(given):
-            return *_by_definition(y_true, given, sample_weight, mask, options), _unchanged
+            samples, losses = _by_definition(y_true, given, sample_weight, mask, options)
+            return losses, samples.weight, samples.mask, unchanged
         samples = _samples(y_true, given, sample_weight, mask, options)
         if self.reduction in ("none", None) or not _gradients_are_known(given, samples):
-            return samples, _losses(given, samples, options), _unchanged
+            losses = _losses(given, samples, options)
+            return losses, samples.weight, samples.mask, unchanged
         zeros = samples.z.new_zeros(samples.y.shape, dtype=head.real_dtype(samples.z.dtype))
-        g = factors(zeros, samples.weight, samples.mask, self.reduction, denominator)
+        g = factors(zeros, samples.weight, samples.mask, self.reduction, divisor)
         mine = _of_rank(given, samples, options)
         needs = [x is not None and x.requires_grad for x in mine.given]
         detached = [x.detach() if isinstance(x, Tensor) else x for x in mine.inputs]
@@ -280,11 +269,7 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         def attached(value: Tensor) -> Tensor:
             return _WithGradients.apply(value, *mine.given, *gradients)
 
-        return samples, mine.whole(losses), attached
-
-
-def _unchanged(value: Tensor) -> Tensor:
-    return value
+        return mine.whole(losses), samples.weight, samples.mask, attached
 
 
 def linear_sparse_categorical_crossentropy(
@@ -493,7 +478,7 @@ class _OfRank(NamedTuple):
 
 def _of_rank(given: _Given, samples: Samples, options: _Options) -> _OfRank:
     y, counted, hidden = samples.y, samples.counted, given.hidden
-    rows = together = _unchanged
+    rows = together = unchanged
     if is_dtensor(hidden):
         from .kernels import dtensors  # imported here: few need it, and it is slow
 

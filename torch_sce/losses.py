@@ -1,6 +1,7 @@
 """The losses as modules: they hold the options and compute the value of a batch."""
 
 from abc import abstractmethod
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
@@ -13,9 +14,9 @@ from .distributed import (
     WithSlices,
     denominator_of,
     of_shape,
-    parse_class_group,
     parse_group,
     reduced,
+    unchanged,
 )
 from .kernels import row_losses, target_losses
 from .kernels.shards import Slice, shard_losses
@@ -87,7 +88,7 @@ class _Loss(WithOptions):
             mask: as `sample_weight`. Positions with mask 0 do not count: their labels,
                 predictions and weights are not read.
             denominator: what a mean divides by, in place of its own: a number or a scalar tensor,
-                at least 0, which gives 0; a constant. For parts of a batch it is the sum of their
+                of which 0 gives 0; a constant. For parts of a batch it is the sum of their
                 `denominator`s.
 
         Returns:
@@ -98,12 +99,10 @@ class _Loss(WithOptions):
                 weight that would enlarge the loss), an axis out of range, a label out of range.
             TypeError: strings, complex numbers; other arguments, with ours for PyTorch's names.
         """
-        if others:
-            raise self._unexpected(others)
+        compute = partial(self._unreduced, y_true, y_pred, sample_weight, mask, others)
         if self.process_group is None and denominator is None:
-            parts = self._unreduced(y_true, y_pred, sample_weight, mask)
-            return reduce(*parts, self.reduction).to(self.dtype)
-        compute = partial(self._unreduced, y_true, y_pred, sample_weight, mask)
+            losses, weight, mask, _ = compute(None)
+            return reduce(losses, weight, mask, self.reduction).to(self.dtype)
         return reduced(self, compute, y_pred, denominator)
 
     if TYPE_CHECKING:
@@ -117,9 +116,13 @@ class _Loss(WithOptions):
         y_pred: ArrayLike,
         sample_weight: ArrayLike | None,
         mask: ArrayLike | None,
+        others: Collection[str],
+        divisor: Tensor | None,
     ) -> Unreduced:
+        if others:
+            raise self._unexpected(others)
         samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
-        return self._losses(samples), samples.weight, samples.mask
+        return self._losses(samples), samples.weight, samples.mask, unchanged
 
     def denominator(
         self,
@@ -148,14 +151,15 @@ class _Loss(WithOptions):
             y_pred: predictions, or only their shape, a `torch.Size` or tuple.
 
         Raises:
-            ValueError: the reduction is "none"; as the loss.
+            ValueError: the reduction is "none"; a weight for a whole batch, with which
+                "mean_with_sample_weight" does not add up; as the loss.
         """
-        y_pred = of_shape(y_pred, y_true)
 
         def prepared() -> Samples:
-            return self._prepare(y_true, y_pred, sample_weight, mask, None, counts_only=True)
+            shaped = of_shape("y_pred", y_pred, y_true)
+            return self._prepare(y_true, shaped, sample_weight, mask, None, counts_only=True)
 
-        return denominator_of(self, prepared, y_pred)
+        return denominator_of(self, prepared, y_pred, y_true)
 
     def call(self, y_true: ArrayLike, y_pred: ArrayLike) -> Tensor:
         """The losses per position, before weights and reduction: Keras's `Loss.call`.
@@ -271,7 +275,7 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         "sparse_categorical_crossentropy",
         ignore_class=parse_ignore_class,
         label_smoothing=parse_smoothing,
-    ) | {"class_group": parse_class_group}
+    ) | {"class_group": partial(parse_group, "class_group")}
 
     def __init__(
         self,

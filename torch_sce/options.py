@@ -19,6 +19,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Mean = Literal["sum_over_batch_size", "mean", "auto"]
 Reduction = Literal[Mean, "sum", "mean_with_sample_weight", "none"]
 MEANS = get_args(Mean)
+GROUPS = ("process_group", "class_group")
+OF_GROUPS = ("_found", "_number", "_compared")  # attributes that are found for a group
 REDUCTIONS = (*get_args(Reduction), None)
 CALL = ("sample_weight", "mask", "denominator")  # what the call of a loss may be given
 OURS = {  # Keras's names of PyTorch's arguments
@@ -174,7 +176,7 @@ class WithOptions(nn.Module):
         super().__setattr__(name, value if parse is None else parse(value))
 
     def get_config(self) -> dict[str, Any]:
-        """The options, as plain values that `from_config` takes.
+        """The options, as plain values that `from_config` takes, without groups of processes.
 
         Differs from Keras: `dtype` is kept, and for integer labels `axis`.
 
@@ -186,7 +188,7 @@ class WithOptions(nn.Module):
         config = {k: x.tolist() if isinstance(x, Tensor) else x for k, x in options.items()}
         if config.get("class_weight") is None:  # Keras's losses have none
             config.pop("class_weight", None)
-        for name in ("process_group", "class_group"):
+        for name in GROUPS:
             if config.get(name) is not True:  # a group ends with its processes
                 config.pop(name, None)
         return config | {"dtype": str(self.dtype).removeprefix("torch.")}
@@ -214,7 +216,19 @@ class WithOptions(nn.Module):
         # Not self.get_config(): a subclass may have given it other keys.
         default = WithOptions.get_config(self.class_of_ours()())
         config = WithOptions.get_config(self)
+        groups = {name: getattr(self, name) for name in GROUPS if name in self._options}
+        config |= {name: group for name, group in groups.items() if group is not None}
         return shown_options(config, default, self._always_shown)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name not in OF_GROUPS}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with the same groups, which cannot be copied."""
+        memo |= {id(group): group for group in (getattr(self, name, None) for name in GROUPS)}
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return other
 
     def _unexpected(self, others: Iterable[str]) -> TypeError:
         """The error about arguments that a call does not have."""
@@ -223,7 +237,8 @@ class WithOptions(nn.Module):
 
     def _with(self, **options: Any) -> Self:
         """A copy that differs in these options, of a subclass with any constructor."""
-        other = copy.copy(self)
+        other = type(self).__new__(type(self))
+        other.__dict__.update(vars(self))  # with what was found for its groups
         for name, value in options.items():
             setattr(other, name, value)
         return other

@@ -47,11 +47,8 @@ def reduce(
     if reduction == "sum" or (mask is None and reduction in MEANS):  # divided by a number
         count = 1 if reduction == "sum" else max(losses.numel(), 1)
         return weighted(losses, sample_weight, mask, reduction).sum() / count
-    total, count = numerator_and_denominator(losses, sample_weight, mask, reduction)
-    if reduction == "mean_with_sample_weight":
-        return ratio(total, count)
-    # If the mask sums to 0 and yet something counts, a NaN stays NaN, as in Keras.
-    return torch.where(count == 0, total * 0, ratio(total, count))
+    parts = numerator_and_denominator(losses, sample_weight, mask, reduction)
+    return quotient(*parts, reduction)
 
 
 def weighted(
@@ -162,6 +159,13 @@ def is_scalar(losses: Tensor, weight: Tensor | None, mask: Tensor | None) -> boo
     """Whether Keras's rank rule leaves a value without axes, which it does not average."""
     lowest = min(given.ndim for given in (weight, mask) if given is not None)
     return losses.ndim == 0 or (losses.ndim == 1 and losses.numel() == 1 and lowest == 0)
+
+
+def quotient(total: Tensor, count: Tensor, reduction: str | None) -> Tensor:
+    """The mean, from its numerator and denominator."""
+    mean = ratio(total, count)
+    # If the mask sums to 0 and yet something counts, a NaN stays NaN, as in Keras.
+    return torch.where(count == 0, total * 0, mean) if reduction in MEANS else mean
 
 
 def ratio(total: Tensor, divisor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arrays import ArrayLike, to_tensor
+from ..distributed import group_of
 from ..functional import sparse_categorical_crossentropy
 from ..kernels import is_traced
 from ..linear import LinearSparseCategoricalCrossentropy, _head, _logits, _options_of
@@ -90,6 +91,11 @@ def explain(
         raise TypeError(
             "explain takes whole predictions, and no loss with class_group: gather the slices, and "
             "pass a loss without it"
+        )
+    if group_of(getattr(loss, "process_group", None)) is not None:
+        raise TypeError(
+            "explain takes the batch of one process, and no loss with process_group: pass a loss "
+            "without it"
         )
     if is_traced():
         raise RuntimeError(

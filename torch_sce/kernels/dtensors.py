@@ -118,6 +118,8 @@ def head_of_rank(
 def part_of(x: Any, gradient: Sequence[Placement] | None = None) -> Tensor:
     """This rank's part. Its gradient has these placements, or those of x."""
     part = x.to_local(grad_placements=gradient)
+    if part.ndim < x.ndim:  # (0,), on a rank that the mesh does not have
+        part = part.reshape(0, *x.shape[1:])
     return part.clone() if hasattr(part, "wait") else part  # one that is still being sent
 
 
@@ -131,6 +133,12 @@ def losses_of(part: Tensor, z: Any) -> Tensor:
     shape = z.shape[:-1]
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, z.device_mesh, _of_rows(z), shape=shape, stride=stride)
+
+
+def replicated(x: Tensor, like: Any) -> Tensor:
+    """x, which is the same on all ranks, on the mesh of `like`."""
+    mesh = like.device_mesh
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _whole(part: Tensor, like: Any) -> Tensor:
@@ -166,9 +174,9 @@ def _divided(placements: Sequence[Placement], axis: int | None, dim: int) -> lis
 
 def _slice(x: Any, dim: int, axis: int | None) -> Slice | None:
     """Which classes this rank has, if x has them divided along an axis of the mesh."""
-    if axis is None:
-        return None
     mesh, classes = x.device_mesh, x.shape[dim]
+    if axis is None or mesh.get_coordinate() is None:  # without it, this rank has no part
+        return None
     largest = -(-classes // mesh.size(axis))  # as torch.chunk divides them
     start = min(mesh.get_local_rank(axis) * largest, classes)
     return Slice(mesh.get_group(axis), min(largest, classes - start), start, classes, largest)

@@ -206,7 +206,7 @@ def _chunk_rows(head: Head) -> int:
     size = classes * sum(dtype.itemsize for dtype in dtypes)
     if head.counted is not None or head.x.dtype != head.compute:  # copies of x and dx
         size += 2 * width * head.compute.itemsize
-    return max(1, head.chunk_bytes // size)
+    return max(1, head.chunk_bytes // max(1, size))
 
 
 def _step(n: int, most: int) -> int:

@@ -7,11 +7,13 @@ the same from PyTorch 2.6 to 2.15.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def transforms_active() -> bool:
@@ -40,6 +42,15 @@ def has_memory(x: Tensor) -> bool:
 def forward_derivatives_active() -> bool:
     """Whether forward-mode differentiation is active, of dual tensors or within `jvp`."""
     return forward_ad._current_level >= 0
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Lets a compiler call a function, whose result it takes for a constant.
+
+    As `torch.compiler.assume_constant_result`, which loads the compiler.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def group_called(name: str) -> Any:

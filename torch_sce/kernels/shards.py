@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import PLAIN, are_plain, aten, kernels_for, modes, require_first_derivative
+from . import PLAIN, are_plain, aten, is_traced, kernels_for, modes, require_first_derivative
 from .contract import Clip, Kernels, Saved, Summary
 
 _FOUND: dict[tuple[int, str], tuple[int, ...]] = {}
@@ -42,6 +42,7 @@ def find_slice(size: int, device: torch.device, group: Any, number: int) -> Slic
     return Slice(group, size, sum(sizes[: dist.get_rank(group)]), sum(sizes), max(sizes))
 
 
+@modes.constant_in_graphs
 def _sizes(size: int, device: str, group_name: str, number: int) -> tuple[int, ...]:
     found = _FOUND.get((number, group_name))
     if found is None:
@@ -52,17 +53,17 @@ def _sizes(size: int, device: str, group_name: str, number: int) -> tuple[int, .
     return found
 
 
-def allow_graphs() -> None:
-    """Lets slices be found while a graph is compiled; loads the compiler."""
-    torch.compiler.assume_constant_result(_sizes)
-
-
 def shard_losses(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, shard: Slice) -> Tensor:
     """The losses of rows of which each rank has a slice."""
     tensors = (z, y, counted)
-    if modes.transforms_active() or any(x is not None and type(x) not in PLAIN for x in tensors):
+    if modes.transforms_active():
+        raise RuntimeError(
+            "a loss with class_group has no transforms of torch.func: gather the predictions, and "
+            "leave the group out"
+        )
+    if any(x is not None and type(x) not in PLAIN for x in tensors):
         raise TypeError(
-            "a loss with class_group takes plain tensors, and no transforms of torch.func: got "
+            "a loss with class_group takes plain tensors, got "
             f"y_pred of type {type(z).__name__}, y_true of type {type(y).__name__}"
         )
     if z.ndim > 1:
@@ -179,6 +180,11 @@ class _ShardLosses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         require_first_derivative("a loss with class_group", "gather the predictions")
         (g,), (z, y, counted, *saved) = upstream, ctx.saved_tensors
+        if not (is_traced() or modes.has_memory(g)):
+            raise RuntimeError(
+                "a loss with class_group has no batches of gradients (is_grads_batched=True): take "
+                "them one by one"
+            )
         dz = ctx.kernels.backward(g, z, y, counted, ctx.clip, False, tuple(saved))
         return dz, None, None, None, None
 

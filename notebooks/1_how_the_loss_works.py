@@ -298,8 +298,8 @@ plt.show()
 loss = torch_sce.SparseCategoricalCrossentropy(True, ignore_class=-1)
 explanation = explain(loss, four_labels, four_logits, sample_weight=weights)
 print(explanation)
-figure, _ = explanation.plot()
-plt.show()
+explanation.plot()
+
 # %% [markdown]
 # ## Which metric should I use?
 #

@@ -474,7 +474,8 @@ assert z_worst.grad.abs().max() == 0
 # 2. Labels stay class numbers and come first: `loss(y_true, y_pred)`.
 # 3. Kernels: (height, width, in, out) to (out, in, height, width); dense kernels are transposed.
 # 4. Check the order of flattening between convolutions and dense layers.
-# 5. Compare one batch from the same weights before training: the losses agree to about 1e-7.
+# 5. Compare one batch from the same weights before training: the losses agree to about 1e-7. Then
+#    train with SGD first: Adam is [not the same rule](../docs/porting.md#adam) in both frameworks.
 # 6. Then compare whole curves batch by batch, not the running mean that `fit()` logs.
 # 7. A difference remains? Repeat it in float64. Rounding errors shrink, mistakes stay.
 # 8. Never pass probabilities to `nn.CrossEntropyLoss`: a loss that stops at 1.46 for ten classes

@@ -310,7 +310,8 @@ if None not in peaks.values():
 #
 # The same model in Keras, with the trained weights. Both frameworks have the same order of gates
 # (input, forget, cell, output). Keras's kernels are transposed, and its one bias is the sum of
-# PyTorch's two.
+# PyTorch's two. (To train a model that comes from Keras, freeze one
+# of the two: [docs/porting.md](../docs/porting.md#an-lstm).)
 
 # %%
 hidden = model.lstm.hidden_size

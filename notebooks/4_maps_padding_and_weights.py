@@ -17,20 +17,17 @@
 
 # %%
 import os
-import sys
 
 import torch._dynamo  # loads Triton, which may fail to load after TensorFlow
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-sys.path.insert(0, "../scripts")  # for the measuring of time and memory
 
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark.measuring import BOTH, interleaved, peak_memory
 
 from torch_sce import SparseCategoricalCrossentropy, explain
 
@@ -292,79 +289,9 @@ loaded = torch.where(is_void, VOID, maps + 1)
 fixed = torch.where(loaded == 255, 255, loaded - 1)
 explanation = explain(loss, fixed, predictions, sample_weight=pixel_weights)
 assert not [finding for finding in explanation.findings if finding.is_wrong]
-figure, _ = explanation.plot()
-plt.show()
 print(explanation)
+explanation.plot()
 
 # %% [markdown]
-# ## Time and memory
-#
-# Both passes on larger batches, compared with `F.cross_entropy` with the same `ignore_index`, calls
-# in turn, on one thread; the memory is what is needed beyond the predictions at the peak, in units
-# of their size.
-
-# %%
-torch.set_num_threads(1)  # so that other load affects both alike
-
-
-def measured(shape, axis):
-    """Median milliseconds and peak memory of both passes: ours, F.cross_entropy's."""
-    x = torch.randn(shape, generator=generator, requires_grad=True)
-    classes = shape[axis]
-    y = torch.randint(0, classes, shape[:axis] + shape[axis + 1 :], generator=generator)
-    y[torch.rand(y.shape, generator=generator) < 0.3] = VOID if classes < VOID else -1
-    ignored = int(y.max()) if classes < VOID else -1
-    mine = SparseCategoricalCrossentropy(True, ignore_class=ignored, axis=axis)
-
-    def ours():
-        return torch.autograd.grad(mine(y, x), x)
-
-    def peer():
-        rows, flat = (x, y) if axis == 1 else (x.reshape(-1, classes), y.reshape(-1))
-        return torch.autograd.grad(F.cross_entropy(rows, flat, ignore_index=ignored), x)
-
-    assert torch.allclose(ours()[0], peer()[0], atol=1e-7)
-    calls = {("torch_sce", BOTH): ours, ("F.cross_entropy", BOTH): peer}
-    seconds = interleaved(calls, "cpu", (4.0, 5))
-    size = x.numel() * x.element_size()
-    return [
-        (1e3 * float(np.median(seconds[name][BOTH])), (peak_memory(call, "cpu") or np.nan) / size)
-        for (name, _), call in calls.items()
-    ]
-
-
-batches = {
-    "maps\n(8, 21, 256, 256)": ((8, 21, 256, 256), 1),
-    "sequences\n(16, 64, 32000)": ((16, 64, 32000), 2),
-}
-results = {name: measured(*batch) for name, batch in batches.items()}
-for name, (mine, peer) in results.items():
-    print(name.replace("\n", " "))
-    print(f"  time    torch_sce {mine[0]:.0f} ms, F.cross_entropy {peer[0]:.0f} ms")
-    print(f"  memory  torch_sce {mine[1]:.2f}, F.cross_entropy {peer[1]:.2f}")
-
-# %%
-figure, (left, right) = plt.subplots(1, 2)
-x = np.arange(len(results))
-for offset, index, color, name in (
-    (-0.2, 0, OURS, "torch_sce"),
-    (0.2, 1, OTHER, "F.cross_entropy"),
-):
-    left.bar(
-        x + offset, [each[index][0] for each in results.values()], 0.4, color=color, label=name
-    )
-    right.bar(x + offset, [each[index][1] for each in results.values()], 0.4, color=color)
-left.set(ylabel="both passes [ms]", title="time")
-right.set(ylabel="peak [size of the predictions]", title="memory")
-right.axhline(1, color="black", lw=1, ls=":", label="the gradient alone")
-right.set_ylim(0, 4)
-right.legend(frameon=False)
-for panel in (left, right):
-    panel.set_xticks(x, list(results))
-left.legend(frameon=False)
-plt.show()
-
-# %% [markdown]
-# The maps take more than the gradient alone because a label is as large as two of its 21 logits,
-# and some numbers are kept for each pixel. The numbers are for this machine and this run;
-# `make benchmark` measures with more care.
+# What the loss costs for maps and for padded sequences, in time and in memory, is in
+# [docs/speed.md](../docs/speed.md).

@@ -72,12 +72,18 @@ COLUMNS = (CROSS_ENTROPY, COMPILED, KERAS_TORCH, TF_KERAS, MOVES, FRESH_MOVES)
 HEAD_COLUMNS = (LINEAR, FUSED, PRODUCTS)
 
 
-def speed_tables() -> str:
-    """How many times our time the others take, and the memory, on quiet cores and on busy ones."""
+def recorded_results() -> list[Result]:
+    """Those of the recorded benchmark."""
     results = []
     for entry in json.loads((ROOT / "docs" / "benchmark-cpu.json").read_text())["cases"]:
         case = Case(**entry["case"] | {"shape": tuple(entry["case"]["shape"])})
         results.append(Result(**entry | {"case": case}))
+    return results
+
+
+def speed_tables() -> str:
+    """How many times our time the others take, and the memory, on quiet cores and on busy ones."""
+    results = recorded_results()
     heads = [r for r in results if r.case.kind == HEAD]
     groups = {
         "": [r for r in results if r.case.kind != HEAD and not r.case.busy],

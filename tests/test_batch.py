@@ -1,5 +1,6 @@
 """`cross_check.py batch`: a batch of the user's, and the rule that accounts for a difference."""
 
+import json
 import re
 import tracemalloc
 import zipfile
@@ -288,6 +289,57 @@ def test_a_mismatch_is_exit_code_1(run, monkeypatch):
     assert code == 1 and "Mismatch of" in out
 
 
+def test_what_looks_wrong_comes_before_an_outcome_that_is_not_green(run, tmp_path):
+    report = tmp_path / "report.html"
+    code, out = run((Y, 5 * Z), "--html", str(report))
+    assert code == 0 and out.index("Looks wrong: logits passed as") < out.index("Agrees in value")
+    assert out.index("Agrees in value") < out.index("Three results")
+    text = report.read_text()
+    kinds = re.findall(r'<p class="verdict (\w+)">(\w+)', text)
+    assert kinds == [("bad", "Looks"), ("plain", "Agrees")]
+    run((Y, Z), "--from-logits", "--html", str(report))
+    assert re.findall(r'<p class="verdict (\w+)">(\w+)', report.read_text()) == [("good", "Agrees")]
+
+
+def test_backticks_are_code_in_the_report(run, tmp_path):
+    report = tmp_path / "report.html"
+    run((Y[:, :6], Z[:, :6], np.ones(6)), "--from-logits", "--html", str(report), "--got", "1")
+    body = report.read_text().partition("<h1>")[2].partition("<h2>What the loss did")[0]
+    assert "`" not in body and "<code>sample_weight</code> or mask <code>(B,)</code>" in body
+
+
+def test_where_tf_keras_raises_the_ladder_ends_there(run):
+    code, out = run((IGNORED, Z), "--from-logits")
+    assert code == 0 and rules_in(out) == []
+    assert re.search(r"│ as usually written │ raises .*\n(│  .*\n)*│ tf\.keras  +│ raises ", out)
+    assert "The ladder ends at tf.keras, which raises: F.cross_entropy raises." in out
+    _, out = run((Y, Z.swapaxes(1, 2)), "--from-logits", "--axis", "1")
+    assert "which raises: F.cross_entropy gives " in out and "\ntorch_sce gives " in out
+
+
+def test_two_large_opposite_changes_are_not_sold_as_the_largest_part(run):
+    _, out = run((Y, Z, np.full((6, 8), 40.0)), "--from-logits", "--reduction",
+                 "mean_with_sample_weight")  # fmt: skip
+    assert "The rules sample_weight (+" in out and ") and denominator (-" in out
+    assert "work against each other" in out and "The largest part" not in out
+
+
+def test_json_has_what_is_shown(run, tmp_path):
+    path = tmp_path / "found.json"
+    weighted = (Y, Z, WEIGHT), ["--from-logits", "--got", "3.2"]
+    for arrays, arguments in ((Y, 5 * Z), []), ((IGNORED, Z), ["--from-logits"]), weighted:
+        _, out = run(arrays, *arguments, "--json", str(path))
+        found = json.loads(path.read_text())
+        assert found["outcome"] == "agrees" and set(found["results"]) == {"tf.keras", "torch_sce"}
+        assert all(sentence in out for sentence in found["said"])
+        assert [each["name"] for each in found["findings"] if each["is_wrong"]] == re.findall(
+            r"Looks wrong: ([^:]*):", out
+        )
+    assert found["got"] == "3.2" and [step["rule"] for step in found["ladder"]] == [
+        "as usually written", "sample_weight"
+    ]  # fmt: skip
+
+
 def test_the_report_is_one_file_with_tables_and_pictures(run, tmp_path):
     report = tmp_path / "report.html"
     code, out = run((IGNORED, P, WEIGHT, MASK), "--ignore-class", "-1", "--html", str(report))
@@ -315,6 +367,7 @@ def test_the_report_is_one_file_with_tables_and_pictures(run, tmp_path):
     ({"y_true": Y, "y_pred": Z, "mask": MASK[:3]}, [], "mask must broadcast to the losses' shape"),
     ({"y_true": Y, "y_pred": Z}, ["--reduction", "none"], "invalid choice"),
     ({"y_true": Y, "y_pred": Z}, ["--dtype", "int8"], "argument --dtype: dtype must be"),
+    ({"y_true": Y, "y_pred": Z}, ["--got", "3,02"], "argument --got: must be a number, got '3,02'"),
     ({"y_true": Y, "y_pred": Z}, ["--ignore-class", "x"], "must be a number, got 'x'"),
     ({"y_true": Y, "y_pred": Z}, ["--html", "/no/such/folder/x.html"], "there is no folder"),
 ])  # fmt: skip

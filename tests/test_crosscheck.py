@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from torch_sce.crosscheck.command import (
     main,
 )
 from torch_sce.crosscheck.compare import AGREES, MISMATCH, Verdict, judge, mismatches
-from torch_sce.crosscheck.draw import draw
+from torch_sce.crosscheck.draw import EVERYDAY, draw, is_everyday
 from torch_sce.crosscheck.live import LiveOracle
 from torch_sce.crosscheck.recorded import RecordedOracle
 from torch_sce.crosscheck.reference import right
+from torch_sce.crosscheck.results import Results, Setting, everyday
+from torch_sce.crosscheck.tally import Tally
 
 PACKAGE = Path(torch_sce.__file__).parent
 
@@ -104,6 +107,35 @@ def test_our_errors_are_no_larger_than_keras_s(verdicts):
             assert mine.max() <= theirs.max()
         else:
             assert mine.mean() <= 1.2 * theirs.mean()
+
+
+def test_the_sentence_on_everyday_use_counts_what_it_says(recorded):
+    """In one case of four tf.keras's value is a unit off."""
+    tally = Tally()
+    pairs = [(case, ours(case)) for case, _ in recorded[:1500] if is_everyday(case)]
+    numbers = [
+        (c, a) for c, a in pairs if a.value is not None and a.value.ndim == 0 and a.value > 1
+    ]
+    for number, (case, answer) in enumerate(numbers[:40]):
+        assert answer.value is not None
+        off = answer if number % 4 else replace(answer, value=np.nextafter(answer.value, np.inf))
+        tally.add(judge(case, off, answer))
+    results = Results(tally, range(1), Setting("", [], "", {}, ""), [], [])
+    (said,) = everyday(results)
+    assert "40 of 40 cases agree, 0 differ on purpose. The value is the same as tf.keras's" in said
+    assert "to the last bit in 75.0% of those that agree, within 1 ulp in 100.0%" in said
+    assert "worst entry is the same as tf.keras's to the last bit in 100.0%" in said
+    assert list(everyday(replace(results, tally=Tally()))) == []
+
+
+def test_the_features_of_everyday_use_are_drawn(recorded):
+    cases = [case for case, _ in recorded]
+    seen = {(name, value) for case in cases for name, value in case.features.items()}
+    assert all((name, value) in seen for name, values in EVERYDAY.items() for value in values)
+    found = [case for case in cases if is_everyday(case)]
+    assert len(found) > 200 and {case.name for case in found} == set(LOSSES)
+    assert all(case.y_pred_dtype == case.loss_dtype == "float32" for case in found)
+    assert all(np.isfinite(case.y_pred).all() for case in found)
 
 
 def test_where_labels_are_not_read_bad_ones_give_nan_and_nothing_else_changes(

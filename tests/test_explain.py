@@ -443,6 +443,8 @@ def test_a_long_batch_is_summarised():
     lines = str(found).splitlines()
     assert len(lines) < 30 and "... 6388 of 6400 positions are not shown." in lines
     losses = found.positions["loss"]
+    assert sum(line.strip() == "..." for line in lines) == 1
+    assert [line.strip() for line in lines].index("...") == 1 + 3 + 8 + 1
     shown = [float(line.split()[4]) for line in lines if re.match(r" *\d+ +\d", line)]
     assert len(shown) == 12
     np.testing.assert_allclose(shown[:8], np.sort(losses)[::-1][:8], rtol=1e-4)
@@ -756,8 +758,7 @@ def test_where_the_loss_raises_it_says_why():
     )
     strings: Any = ["a"]
     assert "TypeError: y_pred must hold numbers" in explain(logits_loss(), [1], strings).error
-    with pytest.raises(ValueError, match="there is nothing to plot: ValueError: y_true must hold"):
-        found.plot()
+    assert found.plot().axes == [] and "ignore_class=255" in text_in(found.plot())
     with pytest.raises(
         TypeError, match=r"loss must be a torch_sce\.Sparse.*, got torch\.nn\..*\.CrossEntropyLoss"
     ):
@@ -773,29 +774,53 @@ def test_the_table_of_a_notebook_has_every_part():
     assert "&lt;" in explain(logits_loss(name="<b>"), LABELS, LOGITS)._repr_html_()
 
 
-@pytest.mark.parametrize("count", [3, 64])
-def test_the_plot_shows_each_sample_and_its_contribution(count):
-    import matplotlib
+def text_in(figure):
+    return " ".join(line.get_text() for line in figure.texts)
 
-    matplotlib.use("Agg")
+
+@pytest.mark.parametrize("count", [3, 64])
+def test_the_picture_has_every_loss_and_what_they_add(count, tmp_path):
     found = explain(logits_loss(), LABELS[:count], LOGITS[:count])
-    figure, (losses, contributions) = found.plot()
-    points = losses.collections[0].get_offsets()
-    np.testing.assert_allclose(points[:, 0], found.positions["probability"])
-    np.testing.assert_allclose(points[:, 1], found.positions["loss"])
-    assert found.value is not None
-    if count == 3:
-        heights = [bar.get_height() for bar in contributions.patches]
-        assert sum(heights) == pytest.approx(found.value.item())
-    ignoring = explain(logits_loss(ignore_class=int(LABELS[0])), LABELS[:count], LOGITS[:count])
-    figure_2, (panel, _) = ignoring.plot()
-    left = int((LABELS[:count] != LABELS[0]).sum())
-    assert len(panel.collections[0].get_offsets()) == left < count
-    assert panel.get_title() == f"{left} positions that count"
-    figure_2.clear()
-    for panel in (losses, contributions):
+    figure = found.plot()
+    losses, added = figure.axes
+    heights = [bar.get_height() for bar in losses.patches]
+    edges = [bar.get_x() for bar in losses.patches] + [losses.patches[-1].get_x() + 1]
+    np.testing.assert_array_equal(heights, np.histogram(found.positions["loss"], edges)[0])
+    assert losses.get_title() == f"{count} positions that count"
+    bars = np.array([bar.get_height() for bar in added.patches])
+    parts, labels = found.positions["contribution"], LABELS[:count].numpy()
+    by_class = [parts[labels == label].sum() for label in np.unique(labels)]
+    np.testing.assert_allclose(bars, parts if count == 3 else by_class)
+    assert found.value is not None and bars.sum() == pytest.approx(found.value.item())
+    assert text_in(figure) == "Nothing looks wrong."
+    for panel in figure.axes:
         assert panel.get_xlabel() and panel.get_ylabel() and panel.get_title()
-    figure.clear()
+    figure.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_positions_that_do_not_count_are_not_in_the_picture():
+    ignoring = explain(logits_loss(ignore_class=int(LABELS[0])), LABELS, LOGITS)
+    left = int((LABELS[0] != LABELS).sum())
+    losses, _ = ignoring.plot().axes
+    assert losses.get_title() == f"{left} positions that count" and left < 64
+    assert sum(bar.get_height() for bar in losses.patches) == left
+
+
+def test_the_picture_of_many_classes_has_those_that_add_most():
+    found = explain(logits_loss(), torch.arange(64), torch.randn(64, 100))
+    _, added = found.plot().axes
+    bars = sorted(bar.get_height() for bar in added.patches)
+    np.testing.assert_allclose(bars, np.sort(found.positions["contribution"])[-25:])
+    assert added.get_xlabel() == "class, the 25 of 64 that add most"
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_picture_of_a_broken_batch_names_the_finding(name):
+    loss, y_true, y_pred, others, _ = PLANTED[name]
+    figure = explain(loss, y_true, y_pred, **others).plot()
+    assert f"{name}: " in text_in(figure) and "Nothing looks wrong." not in text_in(figure)
+    figure.draw_without_rendering()
 
 
 def test_without_matplotlib_plot_says_what_to_install(monkeypatch):

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmark.cases import CROSS_ENTROPY, OURS
+from benchmark.measuring import BOTH, PASSES
+from build_docs import recorded_results
 from documents import SNIPPET, promised, run_snippet
 
 from torch_sce.crosscheck.command import CASES
@@ -28,6 +31,18 @@ def test_both_sides_of_the_first_screen_print_the_same_number():
     keras, ours = map(promised, SNIPPETS[:2])
     assert "tf.keras" in SNIPPETS[0] and "torch_sce" in SNIPPETS[1] and keras == ours
     assert README.index(SNIPPETS[1]) < 1500
+
+
+def test_its_figures_of_time_and_memory_are_those_of_the_recorded_benchmark():
+    (section,) = re.findall(r"## Speed\n\n(.*?)\n\n", README, re.DOTALL)
+    shape, *printed = re.findall(r"`(\(1024, 32000\))`|(\d+\.\d+)", section)
+    results = {each.case.name: each for each in recorded_results()}
+    quiet, busy = (results[f"logits {shape[0]}{aside}"] for aside in ("", ", busy cores"))
+    times = [
+        f"{each.ratio(CROSS_ENTROPY, which):.1f}" for each in (quiet, busy) for which in PASSES
+    ]
+    peaks = [f"{quiet.peak(name, BOTH):.2f}" for name in (CROSS_ENTROPY, OURS)]
+    assert [number for _, number in printed] == [*times[:2], *peaks, *times[2:]]
 
 
 def test_its_commands_are_targets_of_the_makefile():

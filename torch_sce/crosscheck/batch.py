@@ -1,17 +1,20 @@
 """`python -m torch_sce.crosscheck batch FILE.npz`: a single batch of the user's, compared.
 
 The results of tf.keras, torch_sce and `F.cross_entropy`, and which rule accounts for how much of
-the difference.
+the difference; with a number of the user's, which mistake gives it.
 """
 
 import argparse
+import json
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from rich.console import Console
@@ -27,10 +30,14 @@ from .blocks import judge_in_blocks, measured, refusal
 from .cases import LOSSES, Batch, Case
 from .compare import MISMATCH, Verdict
 from .live import TARGET, LiveOracle
+from .mistakes import Match, Number, Search, search
 from .rules import Step, steps
 
 NEEDED, OPTIONAL = ("y_true", "y_pred"), ("sample_weight", "mask")
 SCALARS = tuple(each for each in REDUCTIONS if each not in ("none", None))
+SHOWN = 5  # mistakes that give the same number
+LIKELY = 0.1  # matches by chance
+LONGEST = 300  # error: TensorFlow lists all labels
 # Names that `reference` has for rules.
 MISFITS = ("shape of y_true", "axis", "classes", "y_pred's dtype")
 WEIGHTS = ("shape of a weight", "weight along the wrong axis")
@@ -52,8 +59,20 @@ def parser() -> argparse.ArgumentParser:
     add("--reduction", choices=SCALARS, default="sum_over_batch_size", help="(%(default)s)")
     add("--axis", type=int, default=-1, help="the class axis of y_pred (%(default)s)")
     add("--dtype", type=_dtype, help="the loss's dtype (float32)")
+    add(
+        "--got", type=_got, metavar="NUMBER",
+        help="the loss that your own code printed for the batch: shows which mistake gives it",
+    )  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write what is shown there, for programs")
     add("--html", type=Path, metavar="FILE", help="write a report with plots there")
     return parser
+
+
+def _got(text: str) -> Number:
+    try:
+        return Number(text)
+    except ArithmeticError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def _number(text: str) -> float:
@@ -84,16 +103,23 @@ class Found:
     steps: list[Step]
     explanation: Explanation
     versions: dict[str, str]
+    got: Number | None
+    searched: Search | None  # for what gives `got`
 
     @property
     def loss(self) -> str:
         return repr(self.explanation.loss)
+
+    @property
+    def looks_wrong(self) -> list[str]:
+        return [str(finding) for finding in self.explanation.findings if finding.is_wrong]
 
 
 def main(arguments: Sequence[str], console: Console) -> int:
     """Runs the comparison; the exit code says how it ended. Raises OracleError without tf.keras."""
     line = parser()
     options = line.parse_args(arguments)
+    page.check_file(line, options.json)
     page.check_html(line, options.html)
     try:
         case = _case(options, read(options.file))
@@ -112,11 +138,16 @@ def main(arguments: Sequence[str], console: Console) -> int:
         line.error(f"{options.file}: {mine.message}")
     batch = case.batch
     given = (batch.y_true, batch.y_pred, batch.sample_weight, batch.mask)
+    ladder = _steps(case, mine, keras)
     found = Found(
-        options.file, judge_in_blocks(case, keras, mine), keras, mine, _steps(case, mine, keras),
-        explain(SparseCategoricalCrossentropy(**case.options), *given), versions,
+        options.file, judge_in_blocks(case, keras, mine), keras, mine, ladder,
+        explain(SparseCategoricalCrossentropy(**case.options), *given), versions, options.got,
+        options.got and _searched(options.got, case, keras, mine, ladder),
     )  # fmt: skip
     show(console, found)
+    if options.json:
+        options.json.write_text(to_json(found))
+        console.print(f"Results: {options.json}", highlight=False)
     if options.html:
         options.html.write_text(to_html(found))
         console.print(f"Report: {options.html}", highlight=False)
@@ -129,6 +160,24 @@ def _steps(case: Case, mine: Answer, keras: Answer) -> list[Step]:
         return steps(case, keras.gradient)[: 1 if mine.error else None]
     except ValueError:  # weights that do not fit
         return []
+
+
+def _searched(
+    number: Number, case: Case, keras: Answer, mine: Answer, ladder: list[Step]
+) -> Search:
+    """What gives the number: the three results, a mistake, or a part of the ladder."""
+    own = [
+        Match(f"does what {who} does", float(answer.value))
+        for who, answer in (("tf.keras", keras), ("torch_sce", mine))
+        if answer.value is not None
+    ]
+    usual = []
+    for index, step in enumerate(ladder):
+        rules = ", ".join(each.rule for each in ladder[1 : index + 1])
+        words = f"is `{step.why}`" if not index else f"is `F.cross_entropy` with the rules {rules}"
+        if step.value is not None:
+            usual.append(Match(words, step.value))
+    return search(number, case, own, usual)
 
 
 class Unreadable(Exception):
@@ -204,6 +253,8 @@ def show(console: Console, found: Found) -> None:
     console.print(f"{found.file}: {found.loss}", style="bold", highlight=False, soft_wrap=True)
     for line in found.explanation.arguments:
         console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+    for kind, sentence in _first(found):
+        console.print(_styled(sentence), style=STYLES[kind], highlight=False, soft_wrap=True)
     titles = {
         "Three results for the batch": _sides(found),
         "From F.cross_entropy to tf.keras, one rule at a time": _ladder(found),
@@ -214,11 +265,16 @@ def show(console: Console, found: Found) -> None:
             table.add_column(column, justify="right" if column in NUMBERS else "left",
                              overflow="fold")  # fmt: skip
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(_styled, row))
         if rows:
             console.print(table)
     for sentence in _sentences(found):
-        console.print(escape(sentence), highlight=False, soft_wrap=True)
+        console.print(_styled(sentence), highlight=False, soft_wrap=True)
+
+
+def _styled(text: str) -> str:
+    """The text for the console, `code` in another colour."""
+    return re.sub(r"(`[^`]*`)", r"[cyan]\1[/]", escape(text))
 
 
 def _sides(found: Found) -> list[list[str]]:
@@ -238,18 +294,21 @@ def _sides(found: Found) -> list[list[str]]:
 
 def _side(answer: Answer, keras: Answer) -> Step:
     if answer.error or answer.value is None or answer.gradient is None:
-        return Step("", "", error=f"{answer.error}: {answer.message}")
+        return Step("", "", error=shorten(f"{answer.error}: {answer.message}", LONGEST))
     gaps = measured(answer.gradient, keras.gradient)
     return Step("", "", float(answer.value), gaps.length, gaps.distance)
 
 
 def _ladder(found: Found) -> list[list[str]]:
+    """A row for each step, and tf.keras at the end."""
     rows = [["rule", "value", "change", "gradient off by", "why"]]
     for step, change in zip(found.steps, changes(found.steps), strict=True):
         value, _, off = _numbers(step.value, step.length, step.distance)
         rows.append([step.rule, value, "" if change is None else f"{change:+.6g}", off,
                      step.error or step.why])  # fmt: skip
-    return rows if len(found.steps) > 1 else rows[:1]
+    end = _side(found.keras, found.keras)
+    rows.append(["tf.keras", _numbers(end.value, None, None)[0], "", "", ""])
+    return rows if len(found.steps) > 1 or (found.steps and end.error) else rows[:1]
 
 
 def changes(found: list[Step]) -> list[float | None]:
@@ -270,33 +329,66 @@ def _numbers(value: float | None, length: float | None, off: float | None) -> li
     return [f"{value:.9g}", f"{length:.4g}", f"{off:.2g}"]
 
 
-def _sentences(found: Found) -> list[str]:
-    """The result, in words."""
-    said = [report.outcome(found.verdict)]
-    said += [
-        f"Looks wrong: {finding}" for finding in found.explanation.findings if finding.is_wrong
-    ]
-    if found.keras.value is None or not found.steps:
-        return said
-    keras, first, last = float(found.keras.value), found.steps[0], found.steps[-1]
-    if len(found.steps) == 1:
-        return [*said, "No rule makes F.cross_entropy, as usually written, differ here."]
-    if first.value is None:
-        said.append(f"F.cross_entropy, as usually written, raises {first.error}")
-    else:
+STYLES = {"bad": "red", "good": "green", "got": "bold", "plain": ""}
+
+
+def _first(found: Found) -> list[tuple[str, str]]:
+    """What looks wrong, what gives the user's number, and the outcome: a kind and a sentence each.
+
+    The outcome is good only if nothing looks wrong.
+    """
+    said = [("bad", f"Looks wrong: {finding}") for finding in found.looks_wrong]
+    if found.got and found.searched:
+        said.append(("got", _of_got(found.got, found.searched)))
+    is_bad = found.verdict.outcome == MISMATCH
+    kind = "bad" if is_bad else "plain" if found.looks_wrong else "good"
+    return [*said, (kind, report.outcome(found.verdict))]
+
+
+def _of_got(number: Number, searched: Search) -> str:
+    """Which mistakes give the user's number."""
+    matches, nearest = searched.matches, searched.nearest
+    if not matches:
+        near = f" The nearest single one: code that {nearest}." if nearest else ""
+        return f"{number.text}: none of {searched.tried} mistakes and combinations gives it.{near}"
+    said = [f"{number.text} fits code that {matches[0]}."]
+    said += [f"Or code that {match}." for match in matches[1:SHOWN]]
+    if len(matches) > SHOWN:
+        said.append(f"And {len(matches) - SHOWN} more.")
+    values = [match.value for match in matches]
+    if len(matches) > 1 and max(values) - min(values) <= 1e-6 * abs(values[0]):
+        said.append("They give the same number for this batch.")
+    elif len(matches) > 1 or searched.by_chance > LIKELY:
         said.append(
+            f"Of the {searched.tried} mistakes and combinations that were tried, about "
+            f"{searched.by_chance:.1g} would fit by chance: pass more digits to be sure."
+        )
+    return " ".join(said)
+
+
+def _sentences(found: Found) -> list[str]:
+    """The ladder, in words."""
+    if not found.steps:
+        return []
+    first, last = found.steps[0], found.steps[-1]
+    gives = "raises" if first.value is None else f"gives {first.value:.7g}"
+    if found.keras.value is None:
+        said = [f"The ladder ends at tf.keras, which raises: F.cross_entropy {gives}."]
+        if found.ours.value is not None:
+            said.append(f"torch_sce gives {float(found.ours.value):.7g}.")
+        return said
+    keras = float(found.keras.value)
+    if len(found.steps) == 1:
+        return ["No rule makes F.cross_entropy, as usually written, differ here."]
+    if first.value is None:
+        said = [f"F.cross_entropy, as usually written, raises {first.error}"]
+    else:
+        said = [
             f"F.cross_entropy, as usually written, gives {first.value:.7g} and tf.keras "
             f"{keras:.7g}: a difference of {keras - first.value:+.6g}."
-        )
-    moved = {s.rule: c for s, c in zip(found.steps, changes(found.steps), strict=True) if c}
+        ]
     rest = keras - (math.nan if last.value is None else last.value)
-    if moved and math.isfinite(rest):
-        largest = max(moved, key=lambda rule: abs(moved[rule]))
-        share = abs(moved[largest]) / (sum(map(abs, moved.values())) + abs(rest))
-        said.append(
-            f"The largest part comes from the rule {largest}: {moved[largest]:+.6g}, {share:.0%} "
-            "of all changes."
-        )
+    said += _largest(found, rest)
     rounding = abs(rest) < 1e-5 * max(abs(keras), 1)
     said.append(f"Left after all rules: {rest:.2g}{', which is rounding' if rounding else ''}.")
     if not found.explanation.loss.from_logits:
@@ -307,12 +399,54 @@ def _sentences(found: Found) -> list[str]:
     return said
 
 
+def _largest(found: Found, rest: float) -> list[str]:
+    """The rule with the largest part, unless another undoes most of it."""
+    moved = {s.rule: c for s, c in zip(found.steps, changes(found.steps), strict=True) if c}
+    if not moved or not math.isfinite(rest):
+        return []
+    largest = max(moved, key=lambda rule: abs(moved[rule]))
+    against = min(moved, key=lambda rule: moved[rule] * math.copysign(1, moved[largest]))
+    if -moved[against] / moved[largest] > 0.5:
+        return [
+            f"The rules {largest} ({moved[largest]:+.6g}) and {against} ({moved[against]:+.6g}) "
+            "work against each other: neither accounts for the difference alone."
+        ]
+    share = abs(moved[largest]) / (sum(map(abs, moved.values())) + abs(rest))
+    return [
+        f"The largest part comes from the rule {largest}: {moved[largest]:+.6g}, {share:.0%} "
+        "of all changes."
+    ]
+
+
+def to_json(found: Found) -> str:
+    """Everything that is shown, for programs."""
+    explanation = found.explanation
+    parts = {
+        "file": str(found.file),
+        "loss": found.loss,
+        "arguments": explanation.arguments,
+        "versions": found.versions,
+        "outcome": found.verdict.outcome,
+        "reason": found.verdict.reason,
+        "findings": [vars(finding) for finding in explanation.findings],
+        "got": None if found.got is None else found.got.text,
+        "mistakes": found.searched and [vars(match) for match in found.searched.matches],
+        "results": {
+            who: vars(_side(answer, found.keras))
+            for who, answer in (("tf.keras", found.keras), ("torch_sce", found.ours))
+        },
+        "ladder": [vars(step) for step in found.steps],
+        "said": [sentence for _, sentence in _first(found)] + _sentences(found),
+    }
+    return json.dumps(parts, indent=1) + "\n"
+
+
 def to_html(found: Found) -> str:
     """A single self-contained file."""
     return page.render(
         "batch.html",
         found=found,
-        outcome="bad" if found.verdict.outcome == MISMATCH else "good",
+        first=_first(found),
         sentences=_sentences(found),
         sides=_sides(found),
         ladder=_ladder(found),
@@ -351,11 +485,7 @@ def _way(found: Found) -> list[page.Picture]:
 
 
 def _losses(explanation: Explanation) -> list[page.Picture]:
-    plt = page.pyplot()
-    try:
-        figure, _ = explanation.plot()
-    except ValueError:  # the loss raises, or nothing counts
+    """None if the loss raises: the findings are in the text, too."""
+    if not explanation.positions:
         return []
-    picture = page.picture(figure, "losses over probabilities, and contributions")
-    plt.close(figure)
-    return [picture]
+    return [page.picture(explanation.plot(), "the losses, and what each class adds")]

@@ -25,6 +25,7 @@ class Verdict:
     outcome: str  # AGREES, MISMATCH or DELIBERATE
     reason: str = ""  # what differs, the name of a deliberate difference, "raises" if both do
     ulps: dict[str, float] = field(default_factory=dict)  # "ours, value", ...
+    apart: dict[str, float] = field(default_factory=dict)  # ours and tf.keras's, by part, in ulps
 
     def __str__(self) -> str:
         """The case, its outcome, and the command that shows it, if it was drawn."""
@@ -64,7 +65,7 @@ def judge_against(
     difference = None if keras is None else differs(keras, ours, right, case)
     if keras is None or difference is None:
         raises = "raises" if ours.error else ""
-        return Verdict(case, AGREES, raises, _errors(case, keras, ours, right))
+        return Verdict(case, AGREES, raises, *_errors(case, keras, ours, right))
     found = Disagreement(case, keras, ours, refused)
     for each in DIFFERENCES:
         if each.applies(found):
@@ -170,12 +171,14 @@ def _worst(a: np.ndarray, b: np.ndarray) -> str:
 
 def _errors(
     case: Case, keras: Answer | None, ours: Answer, right: Expected | None
-) -> dict[str, float]:
-    """Errors against the float64 answer, for losses in float32 that have one and no head."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Errors against the float64 answer, and how far the two are apart, for losses in float32 that
+    have one and no head.
+    """
     plain = case.is_loss and case.loss_dtype == case.y_pred_dtype == "float32"
     if right is None or not plain or case.head is not None:
-        return {}
-    found = {}
+        return {}, {}
+    found, apart = {}, {}
     for who, answer in {"ours": ours, "Keras": keras}.items():
         for part, truth, size in (
             ("value", right.value, right.value_size),
@@ -187,7 +190,9 @@ def _errors(
             truth, size = answer.have(part, truth), answer.have(part, size)
             if (np.isfinite(got) & np.isfinite(truth)).any():
                 found[f"{who}, {part}"] = _ulps(got, truth, size)
-    return found
+                if who == "Keras":
+                    apart[part] = _ulps(answer.have(part, getattr(ours, part)), got, size)
+    return found, apart
 
 
 def _ulps(got: np.ndarray, truth: np.ndarray, size: np.ndarray) -> float:

@@ -27,6 +27,25 @@ LARGE = 2**18 + 1  # predictions: more than any threshold of the CPU's kernels
 MOST_LOGITS = 2**20  # of a head
 OUTLIERS = (10.0, 30.0, 100.0, 300.0, 1e4, 1e6, 1e10, 1e20, 1e30)
 LARGE_SIZES = ("large", "very many classes")
+# Features and their values in ordinary use.
+EVERYDAY = {
+    "form": ("class",),
+    "values": ("normal", "wide", "softmax", "peaked", "confident"),
+    "dtype of y_pred": ("float32",),
+    "dtype": ("None", "float32"),
+    "labels": ("valid",),
+    "targets": ("one-hot", "soft"),
+    "shape of y_true": ("plain", "trailing 1"),
+    "axis": ("-1", "last"),
+    "size": ("small", "square", "many examples", "many classes", "large", "very many classes"),
+    "values of sample_weight": ("positive", "arbitrary", "with zeros"),
+    "sample_weight": ("none", "losses' own", "(B, 1, ...)", "scalar"),
+    "mask": ("none", "losses' own", "(B, 1, ...)"),
+    "dtype of mask": ("bool", "int32", "float32"),
+    "reduction": tuple(map(str, REDUCTIONS)),
+    "given as": ("arrays",),
+    "upstream": ("ordinary",),
+}
 LABEL_DTYPES = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool")
 
 
@@ -35,6 +54,14 @@ def draw(seed: int, index: int) -> Case:
     bits = Bits(seed, index)
     what = bits.pick({"SparseCategoricalCrossentropy": 10, "CategoricalCrossentropy": 4.5, None: 4})
     return draw_metric(bits, seed, index) if what is None else _loss(bits, seed, index, what)
+
+
+def is_everyday(case: Case) -> bool:
+    """Whether all features of a loss are those of ordinary use. Those with a head are left out."""
+    if not case.is_loss or case.head is not None:
+        return False
+    found = case.features
+    return all(found.get(name, values[0]) in values for name, values in EVERYDAY.items())
 
 
 def _loss(bits, seed: int, index: int, name: str) -> Case:

@@ -12,7 +12,7 @@ from .answers import FLOAT64, Answer
 from .compare import AGREES, MISMATCH, Verdict, reference
 from .differences import DIFFERENCES
 from .reference import Right
-from .results import OUTCOMES, Results, differences, error_lines, lines, sentence
+from .results import OUTCOMES, Results, differences, error_lines, everyday, lines, sentence
 from .tally import Tally
 
 ORACLES = {
@@ -62,7 +62,7 @@ def print_conclusion(console: Console, results: Results) -> None:
         console.print(f"  {results.reproduce(mismatch)}", highlight=False, soft_wrap=True)
     if results.mismatches > len(shown):
         console.print(f"... and {results.mismatches - len(shown)} more", highlight=False)
-    for line in error_lines(results):
+    for line in (*error_lines(results), *everyday(results)):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(sentence(results), style="bold", highlight=False, soft_wrap=True)
 
@@ -165,6 +165,7 @@ def to_html(results: Results) -> str:
         "report.html",
         results=results,
         sentence=sentence(results),
+        everyday=everyday(results),
         oracle=ORACLES.get(results.setting.oracle, "the real tf.keras on the CPU"),
         errors=error_lines(results),
         pictures=plots.pictures(results),

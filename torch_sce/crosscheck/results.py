@@ -130,6 +130,27 @@ def error_lines(results: Results) -> Iterator[str]:
             yield f"Error of the {part} in ulps against float64, {count} float32 cases: {said}."
 
 
+def everyday(results: Results) -> Iterator[str]:
+    """A sentence about everyday use, if there is a Keras and such cases."""
+    tally = results.tally
+    shares = []
+    for part, said in zip(PARTS, ("value", "gradient's worst entry"), strict=True):
+        apart = tally.errors("apart", part)
+        if apart.size:
+            exact, one, four = (f"{np.mean(apart <= ulps):.1%}" for ulps in (0, 1, 4))
+            shares.append(
+                f"The {said} is the same as tf.keras's to the last bit in {exact} of those that "
+                f"agree, within 1 ulp in {one}, within 4 in {four}; the largest difference is "
+                f"{apart.max():.1f}."
+            )
+    if shares:
+        yield " ".join([
+            f"Everyday use (a loss as a class, float32, ordinary values and shapes): "
+            f"{tally.everyday[AGREES]} of {tally.everyday.total()} cases agree, "
+            f"{tally.everyday[DELIBERATE]} differ on purpose.", *shares,
+        ])  # fmt: skip
+
+
 def to_json(results: Results) -> str:
     """Everything, for programs and for resuming: one line for each part."""
     tally = results.tally

@@ -8,17 +8,18 @@ of features and of different errors in hundredths of an ulp.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from .cases import Case
 from .compare import AGREES, DELIBERATE, MISMATCH, Verdict
+from .draw import is_everyday
 
 PARTS = ("value", "gradient")
 WHO = ("ours", "Keras")
 KEPT = 200  # mismatches with their reasons; all others are counted
-POINTS = 5000  # cases whose errors are plotted one by one
+POINTS = 5000  # cases whose errors are plotted one by one, and whose verdicts are kept
 
 Ranges = list[tuple[int, int]]  # of case numbers [start, stop), in order, with gaps between them
 
@@ -55,6 +56,16 @@ class Point:
     ulps: dict[str, float] = field(compare=False)
 
 
+class Judged(NamedTuple):
+    """The verdict on one case."""
+
+    seed: int
+    case: int
+    name: str  # of the loss or metric
+    outcome: str
+    reason: str
+
+
 @dataclass
 class Kind:
     """The cases in which another Keras differs from tf.keras in the same way; the first one."""
@@ -78,6 +89,8 @@ class Tally:
     hundredths: dict[str, Counter[int]] = field(default_factory=dict)  # of an ulp
     nearer: Counter[str] = field(default_factory=Counter)  # whose error is smaller in which part
     points: list[Point] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
+    everyday: Counter[str] = field(default_factory=Counter)  # outcomes
     mismatches: list[Mismatch] = field(default_factory=list)
     kinds: dict[str, Kind] = field(default_factory=dict)
     differ: dict[tuple[str, str], Counter[bool]] = field(default_factory=dict)  # by feature
@@ -89,11 +102,17 @@ class Tally:
     def add(self, verdict: Verdict) -> None:
         case, ulps = verdict.case, verdict.ulps
         self.outcomes[verdict.outcome] += 1
+        name = case.features.get("loss", case.name)
+        self.judged.append(Judged(case.seed, case.index, name, verdict.outcome, verdict.reason))
         row = Row(1, Counter([verdict.outcome]), dict(ulps))
         for feature, value in case.features.items():
             self._row(feature, value).merge(row)
         for key, error in ulps.items():
             self.hundredths.setdefault(key, Counter())[round(100 * error)] += 1
+        if is_everyday(case):
+            self.everyday[verdict.outcome] += 1
+            for part, error in verdict.apart.items():
+                self.hundredths.setdefault(f"apart, {part}", Counter())[round(100 * error)] += 1
         for part in PARTS:
             found = [ulps[f"{who}, {part}"] for who in WHO if f"{who}, {part}" in ulps]
             if len(found) == len(WHO) and found[0] != found[1]:
@@ -129,6 +148,8 @@ class Tally:
             self.hundredths.setdefault(key, Counter()).update(counts)
         self.nearer += other.nearer
         self.points = sorted(self.points + other.points)[:POINTS]
+        self.judged = sorted(self.judged + other.judged)[:POINTS]
+        self.everyday += other.everyday
         self.mismatches = sorted(self.mismatches + other.mismatches)[:KEPT]
         for name, kind in other.kinds.items():
             self.kinds.setdefault(name, Kind(0, kind.first)).merge(kind)
@@ -142,7 +163,10 @@ class Tally:
         return rows[value]
 
     def errors(self, who: str, part: str) -> np.ndarray:
-        """In ulps, of every case that has a float64 answer and agrees, in order of size."""
+        """In ulps, of every case that has a float64 answer and agrees, in order of size.
+
+        Of "apart", who is no one: how far the two are apart in everyday cases.
+        """
         counts = self.hundredths.get(f"{who}, {part}", {})
         sizes = sorted(counts)
         return np.repeat(np.array(sizes, float) / 100, [counts[size] for size in sizes])
@@ -162,6 +186,8 @@ class Tally:
             },
             "hundredths": {key: dict(sorted(n.items())) for key, n in self.hundredths.items()},
             "nearer": dict(self.nearer),
+            "verdicts": self.judged,
+            "everyday": dict(self.everyday),
             "points": [[p.seed, p.case, p.classes, p.ulps] for p in self.points],
             "mismatches": [vars(mismatch) for mismatch in self.mismatches],
             "kinds": {name: [kind.cases, *kind.first] for name, kind in self.kinds.items()},
@@ -177,6 +203,8 @@ class Tally:
             reasons=Counter(stored["reasons"]),
             nearer=Counter(stored["nearer"]),
             points=[Point(*point) for point in stored["points"]],
+            judged=[Judged(*each) for each in stored["verdicts"]],
+            everyday=Counter(stored["everyday"]),
             mismatches=[Mismatch(m["seed"], m["case"], m["reason"]) for m in stored["mismatches"]],
             kinds={name: Kind(n, (*first,)) for name, (n, *first) in stored["kinds"].items()},
             differ={(f, v): Counter({False: n, True: m}) for f, v, n, m in stored["differ"]},

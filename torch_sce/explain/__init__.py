@@ -179,7 +179,9 @@ def _explained(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Explanation:
     elif nothing_wrong and denominator == 0 and losses.numel() > 0:
         found = (_divided_by_0(words[1]), *found)
     table = _table(batch, losses, samples.weight, samples.mask, contributions)
-    return Explanation(loss, value, "", table, numerator, denominator, found, about, *words)
+    return Explanation(
+        loss, value, "", table, numerator, denominator, found, about, *words, batch.classes
+    )
 
 
 def _contributions(values: Tensor, denominator: float | None, reduction: str | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The view of an explanation: as text, as HTML in a notebook, and as a plot."""
+"""The view of an explanation: as text, as HTML in a notebook, and as a picture."""
 
 import html
 import textwrap
@@ -13,7 +13,12 @@ from ..losses import CategoricalCrossentropy
 from .batch import Finding, Loss, in_words
 
 SHOWN = 12  # a longer batch is summarised by this many positions
+LARGEST = 8  # of them those with the largest losses
 CELL = "style='text-align:right;padding:.1em .7em'"
+WIDTH = 120  # characters of a line in a picture
+BINS = 40
+MOST_CLASSES = 25
+BLUE, ORANGE, NEUTRAL, WRONG, RIGHT = "#1f6fb2", "#d1622b", "#57606a", "#c62828", "#2f7d4f"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -35,6 +40,7 @@ class Explanation:
             the `fix`, and `is_wrong`.
         arguments: what each argument is and how it is treated, in words.
         added, divided_by: what the numerator is the sum of, and what the denominator is, in words.
+        classes: the number of classes, 0 if the loss raises.
     """
 
     loss: Loss | LinearSparseCategoricalCrossentropy
@@ -47,6 +53,7 @@ class Explanation:
     arguments: tuple[str, ...] = ()
     added: str = ""
     divided_by: str = ""
+    classes: int = 0
 
     def __str__(self) -> str:
         lines = [self._headline(), *(f"  {line}" for line in self.arguments), ""]
@@ -80,74 +87,107 @@ class Explanation:
             f"<pre>{html.escape(steps)}</pre>{found}"
         )
 
-    def plot(self) -> tuple[Any, Any]:
-        """Two pictures: the losses on the curve -log p, and what each adds to the result.
+    def plot(self) -> Any:
+        """The distribution of the losses, what each class adds to the value, and the findings.
+
+        The first picture has a line where a model that guesses would be, log C. A few positions are
+        shown one by one in the second. If the loss raises, the figure has only the findings.
 
         Needs matplotlib.
 
         Returns:
-            The figure and its two axes.
+            A `matplotlib.figure.Figure`. A notebook shows it at the end of a cell, and
+            `.savefig(FILE)` writes it.
 
         Raises:
-            ValueError: the loss raises for this batch, or nothing counts in it.
+            ModuleNotFoundError: matplotlib is not installed.
         """
-        if not self.positions or not self._counted().any():
-            reason = self.error or "no position counts"
-            raise ValueError(f"there is nothing to plot: {reason}")
         try:
-            from matplotlib import pyplot as plt
+            from matplotlib import figure as drawing
+            from matplotlib import layout_engine
         except ModuleNotFoundError as missing:
             if missing.name != "matplotlib":
                 raise
             message = "plot() needs matplotlib: pip install matplotlib"
             raise ModuleNotFoundError(message, name=missing.name) from missing
 
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        self._plot_losses(axes[0])
-        self._plot_contributions(axes[1])
-        return figure, axes
+        lines = self._shown_findings()
+        has_panels = bool(self.positions) and bool(self._counted().any())
+        below = 0.25 + 0.17 * len(lines)  # inches
+        height = below + (3.6 if has_panels else 0.2)
+        rect = (0, below / height, 1, 1 - below / height)
+        layout = layout_engine.ConstrainedLayoutEngine(rect=rect)
+        figure = drawing.Figure(figsize=(9, height), layout=layout)
+        if has_panels:
+            left, right = figure.subplots(1, 2)
+            self._plot_losses(left)
+            self._plot_contributions(right)
+        for index, (line, color) in enumerate(lines):
+            y = (below - 0.1 - 0.17 * index) / height
+            figure.text(0.015, y, line, color=color, fontsize=9, va="top", parse_math=False)
+        return figure
+
+    def _shown_findings(self) -> list[tuple[str, str]]:
+        """Lines for a picture, and their colours."""
+        shown = []
+        if self.error:
+            shown += [(line, WRONG) for line in textwrap.wrap(self._headline(), WIDTH)]
+        for finding in self.findings:
+            color = WRONG if finding.is_wrong else NEUTRAL
+            shown += [(line, color) for line in textwrap.wrap(str(finding), WIDTH)]
+        nothing = [("Nothing looks wrong.", RIGHT)]
+        return shown if self.error or any(f.is_wrong for f in self.findings) else nothing + shown
 
     def _plot_losses(self, panel: Any) -> None:
-        counted = self._counted()
-        p, losses = (self.positions[key][counted] for key in ("probability", "loss"))
-        seen = np.isfinite(losses)
-        lowest = max(min(float(p[seen].min(initial=1)), 0.05), 1e-30)
-        curve = np.geomspace(lowest, 1, 200)
-        panel.plot(curve, -np.log(curve), color="#8c959f", lw=1, label="-log p")
-        panel.scatter(np.maximum(p[seen], lowest), losses[seen], s=18 if seen.sum() < 99 else 7,
-                      alpha=0.9 if seen.sum() < 99 else 0.3, color="#1f6fb2", zorder=3,
-                      label="positions")  # fmt: skip
-        mean = losses[seen].mean() if seen.any() else np.nan
-        plain = "unweighted " if (self.positions["weight"] != 1).any() else ""
-        panel.axhline(mean, color="#d1622b", lw=1.2, label=f"their {plain}mean, {mean:.4g}")
-        lost = int((~seen).sum())
+        losses = self.positions["loss"][self._counted()]
+        seen = losses[np.isfinite(losses)]
+        lost = len(losses) - len(seen)
+        guess = np.log(self.classes)
+        top = max(float(seen.max(initial=0.0)), 1.2 * guess, 0.1)
+        panel.hist(seen, bins=BINS, range=(min(float(seen.min(initial=0.0)), 0.0), top), color=BLUE)
+        panel.yaxis.get_major_locator().set_params(integer=True)
+        panel.axvline(guess, color=NEUTRAL, ls="--", lw=1.2, label=f"guessing, log {self.classes}")
+        if len(seen):
+            plain = "unweighted " if (self.positions["weight"] != 1).any() else ""
+            mean = seen.mean()
+            panel.axvline(mean, color=ORANGE, lw=1.5, label=f"{plain}mean, {mean:.4g}")
         panel.set(
-            xscale="log", xlabel="probability of the label", ylabel="loss of the position [nats]",
-            title=f"{len(seen)} positions that count" + (f", {lost} not finite" if lost else ""),
+            xlabel="loss of a position [nats]", ylabel="positions",
+            title=f"{len(losses)} positions that count" + (f", {lost} not finite" if lost else ""),
         )  # fmt: skip
-        panel.legend(frameon=False, fontsize=9)
+        panel.margins(y=0.25)  # for the legend
+        panel.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize=9)
 
     def _plot_contributions(self, panel: Any) -> None:
-        parts = self.positions["contribution"][self._counted()]
+        """Of each position if there are few, otherwise of each class."""
+        counted = self._counted()
+        parts, labels = (self.positions[key][counted] for key in ("contribution", "label"))
         if len(parts) <= SHOWN:
-            names = [in_words(place) for place in np.argwhere(self._counted()).tolist()]
-            panel.bar(names, parts, color="#1f6fb2")
-            panel.tick_params(axis="x", rotation=45 if self.positions["loss"].ndim > 1 else 0)
-            for name, part in zip(names, parts, strict=True):
-                if not np.isfinite(part):
-                    panel.annotate(f"{part}", (name, 0), ha="center", color="#c62828")
-            panel.set(xlabel="position", ylabel="contribution to the value [nats]",
-                      title="What each position adds")  # fmt: skip
-            return
-        sizes = np.sort(np.abs(parts[np.isfinite(parts)]))[::-1]
-        share = np.cumsum(sizes) / max(sizes.sum(), np.finfo(float).tiny)
-        first = share[max(len(share) // 10, 1) - 1] if len(share) else 0
-        panel.plot(np.arange(1, len(share) + 1) / len(share), share, color="#1f6fb2")
-        panel.plot([0, 1], [0, 1], color="#8c959f", lw=1)
-        panel.set(
-            xlabel="share of the positions, the largest first", ylabel="share of the value",
-            title=f"The largest tenth makes {first:.0%}", xlim=(0, 1), ylim=(0, 1.02),
-        )  # fmt: skip
+            names = [in_words(place) for place in np.argwhere(counted).tolist()]
+            heights, share = parts, np.full(len(parts), parts.mean())
+            kind, evenly = "position", "their mean"
+        else:
+            labels, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+            heights = np.bincount(places.ravel(), parts)
+            share = counts * (parts.sum() / len(parts))
+            order = np.sort(np.argsort(-np.nan_to_num(np.abs(heights), nan=np.inf))[:MOST_CLASSES])
+            names = [f"{label:g}" for label in labels[order]]
+            heights, share = heights[order], share[order]
+            kind, evenly = "class", "if all positions added the same"
+            if len(labels) > MOST_CLASSES:
+                kind = f"class, the {MOST_CLASSES} of {len(labels)} that add most"
+        panel.bar(names, np.nan_to_num(heights, nan=0, posinf=0, neginf=0), color=BLUE)
+        panel.plot(names, share, "_", color=ORANGE, ms=9, mew=2, label=evenly)
+        for name, height in zip(names, heights, strict=True):
+            if not np.isfinite(height):
+                panel.annotate(f"{height}", (name, 0), ha="center", color=WRONG)
+        panel.tick_params(axis="x", rotation=90 if len(names) > SHOWN else 0)
+        if kind == "position" and self.positions["loss"].ndim > 1:
+            panel.tick_params(axis="x", rotation=45)
+        panel.set(xlabel=kind, ylabel="contribution to the value [nats]",
+                  title=f"What each {kind.split(',')[0]} adds")  # fmt: skip
+        panel.margins(y=0.25)  # for the legend
+        panel.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize=9)
 
     def _counted(self) -> np.ndarray:
         return self.positions["mask"] != 0
@@ -172,7 +212,10 @@ class Explanation:
             if (self.positions[key] == 1).all():
                 del keys[key]
         rows = [["position", *keys.values()]]
-        for place in self._places():
+        gap = LARGEST if self.positions["loss"].size > SHOWN else None
+        for index, place in enumerate(self._places()):
+            if index == gap:
+                rows.append(["...", *("" for _ in keys)])
             values = {key: self.positions[key][place] for key in keys}
             hidden = () if self._counted()[place] else ("probability", "rank", "loss")
             shown = ("-" if key in hidden else f"{value:.5g}" for key, value in values.items())
@@ -186,7 +229,7 @@ class Explanation:
             return list(np.ndindex(losses.shape))
         sizes = np.where(counted, np.nan_to_num(losses, nan=np.inf), -1)
         order = np.argsort(-sizes, axis=None, kind="stable")[: counted.sum()]
-        chosen = [*order[: SHOWN - 4], *order[SHOWN - 4 :][-4:]]
+        chosen = [*order[:LARGEST], *order[LARGEST:][LARGEST - SHOWN :]]
         return [tuple(map(int, np.unravel_index(i, losses.shape))) for i in chosen]
 
     def _summary(self) -> list[str]:

@@ -9,6 +9,8 @@ TORCH ?= 2.6.0
 NUMPY ?=
 OTHER := .venv-torch-$(TORCH)
 
+FRAMEWORKS := .venv-frameworks
+
 SANITIZED := build/sanitized
 
 .PHONY: cross-check benchmark test test-frameworks test-sanitized test-torch test-cuda notebooks docs \
@@ -29,10 +31,14 @@ test: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_kernels.py tests/test_cuda.py \
 		tests/test_crosscheck.py::test_every_path_agrees_with_keras
 
-# The recipes of docs/distributed.md, with the frameworks that they are for.
-test-frameworks: $(READY)
-	$(BIN)/python -m pip install -c constraints.txt --group frameworks
-	$(BIN)/python -m pytest tests/test_frameworks.py $(ARGS)
+# The snippets of docs/frameworks.md, with the frameworks, in an environment of 3 GB of its own.
+test-frameworks:
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --upgrade pip
+	$(FRAMEWORKS)/bin/python -m pip install -c constraints.txt -e '.[metrics]' --group test \
+		--group frameworks
+	$(FRAMEWORKS)/bin/python -m pip install -c constraints.txt --no-deps --group frameworks-alone
+	$(FRAMEWORKS)/bin/python -m pytest -n auto tests/test_frameworks.py $(ARGS)
 
 # cpu.c with sanitizers, on Linux with gcc: the first access outside of an array, overflow or shift
 # too far ends the run. With the instructions of every x86-64, and with AVX2 where there is.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from documents import scripts_of
 from ranks import CHECKS
 from torchrun import once, torchrun
 
@@ -129,7 +130,7 @@ def test_bad_denominators_are_refused():
 
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
-SCRIPTS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", GUIDE, re.DOTALL))
+SCRIPTS = scripts_of(GUIDE)
 
 
 @pytest.mark.parametrize(

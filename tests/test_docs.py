@@ -162,4 +162,14 @@ def test_the_hooks_and_the_workflow_use_the_commands_of_the_makefile():
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
     assert re.findall(r"run: make (\S+)", workflow) == ["lint", "test", "docs"]
     steps = (ROOT / ".ci" / "run").read_text()
-    assert re.findall(r"^make (\S+)$", steps, re.MULTILINE) == ["lint", "test", "notebooks"]
+    commands = re.findall(r"^make (\S+)$", steps, re.MULTILINE)
+    assert commands == ["lint", "test", "notebooks", "test-frameworks"]
+
+
+def test_the_versions_of_the_frameworks_are_those_that_are_installed():
+    """By `make test-frameworks`, with these constraints."""
+    rows = re.findall(r"^\| \[.*?\| (.*?) \|", DOCS["frameworks.md"], re.MULTILINE)
+    versions = re.findall(r"`([\w-]+)` ([\d.]+)", " ".join(rows))
+    assert len(versions) == 11 > len(rows)
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert {f"{name}=={version}" for name, version in versions} <= set(constraints)

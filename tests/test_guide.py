@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import scripts_of
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "porting.md").read_text()
-SCRIPTS: dict[str, str] = {}
-for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", GUIDE, re.DOTALL):
-    SCRIPTS[name] = SCRIPTS.get(name, "") + text
+SCRIPTS = scripts_of(GUIDE)
 ROW = re.compile(r"^\| `(KC?\(.*?)` \| `(.*?)` \| (\S+) \| `(.*?)` \| (\S+) \|$", re.MULTILINE)
 
 KERAS = """

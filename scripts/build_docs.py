@@ -1,6 +1,7 @@
 """Writes the documentation that is made from the package: `make docs`.
 
     docs/differences.md   the table of what the cross-check draws
+    docs/keras2.md        that of its profile keras2
     docs/explain.md       what `print(explain(...))` prints
     docs/speed.md         the tables of the recorded benchmark, docs/benchmark-cpu.json
     build/docs            the API reference, from the docstrings by pdoc
@@ -14,6 +15,8 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,12 +39,14 @@ from benchmark.report import UNFUSED
 from benchmark.results import Result
 
 import torch_sce
-from torch_sce.crosscheck.differences import DIFFERENCES
+from torch_sce.crosscheck.differences import DIFFERENCES, Difference
+from torch_sce.crosscheck.differences_keras2 import DIFFERENCES_KERAS2
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "build" / "docs"
-MODULES = ("torch_sce", "torch_sce.metrics", "torch_sce.reduction", "torch_sce.kernels.contract")
-PUBLIC = ("torch_sce", "torch_sce.metrics")  # their `__all__` are the public names
+# Their `__all__` are the public names.
+PUBLIC = ("torch_sce", "torch_sce.metrics", "torch_sce.keras2", "torch_sce.keras2.metrics")
+MODULES = (*PUBLIC, "torch_sce.reduction", "torch_sce.keras2.rules", "torch_sce.kernels.contract")
 
 
 def main() -> int:
@@ -55,9 +60,9 @@ def main() -> int:
     return 1 if missing else 0
 
 
-def differences_table() -> str:
-    rows = ["| where | tf.keras 3 | here |", "|---|---|---|"]
-    rows += [f"| {each.where} | {each.keras} | {each.here} |" for each in DIFFERENCES]
+def differences_table(keras: str, differences: Iterable[Difference]) -> str:
+    rows = [f"| where | {keras} | here |", "|---|---|---|"]
+    rows += [f"| {each.where} | {each.keras} | {each.here} |" for each in differences]
     return "\n".join(rows)
 
 
@@ -116,7 +121,8 @@ def speed_row(result: Result, columns: tuple[str, ...], passes: tuple[str, ...])
 
 
 PARTS = {
-    ROOT / "docs" / "differences.md": differences_table,
+    ROOT / "docs" / "differences.md": partial(differences_table, "tf.keras 3", DIFFERENCES),
+    ROOT / "docs" / "keras2.md": partial(differences_table, "tf_keras", DIFFERENCES_KERAS2),
     ROOT / "docs" / "explain.md": printed_explanation,
     ROOT / "docs" / "speed.md": speed_tables,
 }

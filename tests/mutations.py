@@ -2,7 +2,8 @@
 
 A wrong function gets the right one first, then its arguments. It is decorated with the name of
 the mistake, the functions or methods that it replaces, and the features of cases that show it best.
-Those in `OF_HEADS` are found by the cases with a linear head.
+Those in `OF_HEADS` are found by the cases with a linear head, those in `OF_KERAS2` by the profile
+of Keras 2.
 """
 
 import functools
@@ -18,6 +19,10 @@ import torch
 from torch_sce import accuracy, kernels, metrics, samples
 from torch_sce.arrays import HALVES
 from torch_sce.crosscheck.cases import Case
+from torch_sce.keras2 import accuracy as accuracy_keras2
+from torch_sce.keras2 import losses as losses_keras2
+from torch_sce.keras2 import metrics as metrics_keras2
+from torch_sce.keras2 import rules
 from torch_sce.kernels import aten, cpu, cpu_targets, head, targets
 from torch_sce.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from torch_sce.options import FLOATS, MEANS
@@ -46,6 +51,7 @@ class Mutation:
 
 MUTATIONS: dict[str, Mutation] = {}
 OF_HEADS: dict[str, Mutation] = {}
+OF_KERAS2: dict[str, Mutation] = {}
 
 
 def _places(thing: Any) -> Iterator[tuple[Any, str]]:
@@ -532,3 +538,111 @@ def _(right, given):
     for rows, x, z in right(given):
         yield rows, x, z
         given.x[rows] = 0
+
+
+# Keras 2
+
+of_keras2 = functools.partial(mistake, among=OF_KERAS2)
+
+
+@of_keras2("0 where nothing counts", rules.reduce)
+def _(right, losses, weight, mask, reduction):
+    return right(losses, weight, mask, reduction).nan_to_num(nan=0.0)
+
+
+@of_keras2("a masked mean over all", rules.reduce)
+def _(right, losses, weight, mask, reduction):
+    if reduction in ("sum", "none") or mask is None:
+        return right(losses, weight, mask, reduction)
+    return right(losses, weight, mask, "sum") / max(losses.numel(), 1)
+
+
+@of_keras2("weights in the denominator", rules.reduce)
+def _(right, losses, weight, mask, reduction):
+    if reduction in ("sum", "none") or weight is None:
+        return right(losses, weight, mask, reduction)
+    return reduce(losses, weight, mask, "mean_with_sample_weight")
+
+
+@of_keras2("a mask counts as 0 or 1", rules.reduce, features={"dtype of mask": "half"})
+def _(right, losses, weight, mask, reduction):
+    return right(losses, weight, None if mask is None else mask.bool(), reduction)
+
+
+@of_keras2("auto is the sum", rules.reduce, features={"reduction": "auto"})
+def _(right, losses, weight, mask, reduction):
+    return right(losses, weight, mask, "sum" if reduction == "auto" else reduction)
+
+
+@of_keras2("nan for an empty batch", rules.reduce, features={"size": "no positions"})
+def _(right, losses, weight, mask, reduction):
+    value = right(losses, weight, mask, reduction)
+    return value / 0 if losses.numel() == 0 and value.ndim == 0 else value
+
+
+@of_keras2("weights along the last axis", rules.align, features={"sample_weight": "last axis only"})
+def _(right, name, value, shape):
+    return samples.align(name, value, shape)
+
+
+@of_keras2("results in float32", losses_keras2._Loss.forward)
+def _(right, *args, **kwargs):
+    return right(*args, **kwargs).float()
+
+
+@of_keras2("labels not truncated before ignore_class", rules.labels_of)
+def _(right, y_true, y_pred, axis):
+    found = right(y_true, y_pred, axis)
+    return y_true.reshape(found.shape)
+
+
+@of_keras2("labels not flattened", rules.labels_of, features={"shape of y_true": "flat"})
+def _(right, y_true, y_pred, axis):
+    return y_true.trunc() if y_true.is_floating_point() else y_true
+
+
+@of_keras2(
+    "a last axis of targets kept", rules.squeezed, features={"shape of y_true": "trailing 1"}
+)
+def _(right, y_true, y_pred):
+    return y_true, y_pred
+
+
+@of_keras2("a metric averages examples", rules.element_sums)
+def _(right, values, weight, *masks):
+    return example_means(values, weight, *masks)
+
+
+@of_keras2("a metric counts ignored positions", rules.element_sums)
+def _(right, values, weight, mask, kept):
+    return right(values, weight, mask)
+
+
+@of_keras2("a scalar weight counts once", rules.lead, features={"sample_weight": "scalar"})
+def _(right, name, value, shape):
+    return value if value.ndim == 0 else right(name, value, shape)
+
+
+@of_keras2("a metric's weights along its last axes", rules.lead)
+def _(right, name, value, shape):
+    return right(name, value[(None,) * (len(shape) - value.ndim)] if value.ndim else value, shape)
+
+
+@of_keras2(
+    "weights matched to a metric's positions",
+    metrics_keras2.SparseCategoricalAccuracy._values,
+    metrics.SparseTopKCategoricalAccuracy._values,
+)
+def _(right, *args):
+    values, kept = right(*args)
+    return values.squeeze(-1) if values.ndim > 1 and values.shape[-1] == 1 else values, kept
+
+
+@of_keras2("-0.0 smaller than 0.0", accuracy_keras2._with_one_zero, features={"values": "ties"})
+def _(right, name, value, *like):
+    return right(name, value, *like) if isinstance(value, list) else value
+
+
+@of_keras2("a metric in the predictions' dtype", metrics_keras2.prepare)
+def _(right, *args, **options):
+    return right(*args, **options | {"dtype": None} if "mask" in options else options)

@@ -214,6 +214,7 @@ def test_without_an_oracle_nothing_is_said_of_keras(run, monkeypatch, tmp_path):
     assert "agree with the float64 rules" in out and "ours median" in out
     assert "agree with the float64 rules" in page.read_text() and "<img" in page.read_text()
     found.pop("versions")
+    assert found.pop("profile") == "keras3"
     for text in (out.split("\n", 1)[1], page.read_text(), json.dumps(found)):
         assert "eras" not in text and "on purpose (" not in text
 

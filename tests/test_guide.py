@@ -41,7 +41,8 @@ def run(code, folder, *arguments, given=None):
 
 @pytest.mark.usefixtures("tensorflow")
 def test_its_scripts_run_and_print_what_they_say(tmp_path):
-    assert list(SCRIPTS) == ["train_keras.py", "train_torch.py", "layers.py", "table.py"]
+    names = ["which_keras.py", "train_keras.py", "train_torch.py", "layers.py", "table.py"]
+    assert list(SCRIPTS) == names
     commands = []
     for script in SCRIPTS.values():
         printed = run(script, tmp_path).splitlines()

@@ -1,7 +1,8 @@
 """tf.keras's `SparseCategoricalCrossentropy` in PyTorch: same numbers, same gradients.
 
 Also `CategoricalCrossentropy`, the functions and the accuracies. The metrics are in
-`torch_sce.metrics`, which needs torchmetrics.
+`torch_sce.metrics`, which needs torchmetrics. `torch_sce.keras2` has the same names with the rules
+of Keras 2.
 
 >>> import torch, torch_sce
 >>> loss = torch_sce.SparseCategoricalCrossentropy(from_logits=True)
@@ -41,11 +42,12 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from . import keras2 as keras2
     from . import metrics as metrics
 else:
 
     def __getattr__(name: str) -> Any:
-        """`torch_sce.metrics`, imported on first use: torchmetrics is optional."""
-        if name == "metrics":
-            return importlib.import_module(".metrics", __name__)
+        """`torch_sce.metrics`, imported on first use: torchmetrics is optional; and `keras2`."""
+        if name in ("keras2", "metrics"):
+            return importlib.import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

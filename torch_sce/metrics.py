@@ -24,7 +24,7 @@ the CPU.)
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ from .kernels import row_losses
 from .options import (
     CALL,
     OURS,
-    family_class,
+    class_of_package,
     options_in,
     parse_axis,
     parse_dtype,
@@ -96,6 +96,7 @@ class _Mean(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    _rules: ClassVar[str] = ""  # a name for rules that are not those of this module
 
     def __init__(self, name: str | None, dtype: Any, options: dict[str, Any], **kwargs: Any):
         if misnamed := OURS.keys() & kwargs.keys():
@@ -107,7 +108,9 @@ class _Mean(Metric):
         # A MetricCollection merges metrics whose states have the same names and, after the first
         # batch, the same values: top-1 and top-5 must stay apart. So a checkpoint fits only these
         # options.
-        about = re.sub(r"\W", "_", "_".join(map(str, [type(self).__name__, *options.values()])))
+        about = re.sub(
+            r"\W", "_", "_".join(map(str, [self._rules + type(self).__name__, *options.values()]))
+        )
         self._names = (f"total_{about}", f"count_{about}")
         for state in self._names:
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -177,12 +180,7 @@ class _Mean(Metric):
     ) -> None:
         """Adds a batch: `update_state` with predictions first, as torchmetrics has it."""
         with torch.no_grad():
-            preds = to_tensor("y_pred", preds)
-            values, kept = self._values(target, preds, mask)
-            if sample_weight is None and mask is None:
-                kept = None
-            weights = aligned(sample_weight, mask, preds, values.shape, leading)
-            total, count = example_means(values, *weights, kept)
+            total, count = self._sums(target, to_tensor("y_pred", preds), sample_weight, mask)
             setattr(self, self._names[0], self.total + total)
             setattr(self, self._names[1], self.count + count)
 
@@ -235,12 +233,26 @@ class _Mean(Metric):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """A metric with these options: our own `get_config()`, or that of a Keras metric."""
-        return cls(**options_in(config, cls, family_class(cls, _Mean)))
+        return cls(**options_in(config, cls, class_of_package(cls)))
 
     def extra_repr(self) -> str:
         # Not self.get_config(): a subclass may have given it other keys.
-        default = family_class(type(self), _Mean)()
+        default = class_of_package(type(self))()
         return shown_options(_Mean.get_config(self), _Mean.get_config(default))
+
+    def _sums(
+        self,
+        y_true: ArrayLike,
+        y_pred: Tensor,
+        sample_weight: ArrayLike | None,
+        mask: ArrayLike | None,
+    ) -> tuple[Tensor, Tensor | int]:
+        """What a batch adds to total and count."""
+        values, kept = self._values(y_true, y_pred, mask)
+        if sample_weight is None and mask is None:
+            kept = None
+        weights = aligned(sample_weight, mask, y_pred, values.shape, leading)
+        return example_means(values, *weights, kept)
 
     def _values(self, y_true: ArrayLike, y_pred: Tensor, mask: ArrayLike | None) -> Values:
         """A value for each example; and which are not ignored."""

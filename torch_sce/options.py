@@ -191,7 +191,9 @@ class WithOptions(nn.Module):
         for name in GROUPS:
             if config.get(name) is not True:  # a group ends with its processes
                 config.pop(name, None)
-        return config | {"dtype": str(self.dtype).removeprefix("torch.")}
+        if "dtype" in config:
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+        return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -244,9 +246,10 @@ class WithOptions(nn.Module):
         return other
 
 
-def family_class(cls: type, base: type) -> Any:
-    """The class of ours that `cls` is or extends: the one right below the family's base."""
-    return next(each for each in cls.__mro__ if base in each.__bases__)
+def class_of_package(cls: type) -> Any:
+    """The class of this package that `cls` is or extends."""
+    package = __name__.partition(".")[0]
+    return next(each for each in cls.__mro__ if each.__module__.partition(".")[0] == package)
 
 
 def options_in(config: Any, cls: type, ours: type) -> dict[str, Any]:

@@ -66,12 +66,16 @@ def numerator_and_denominator(
     factor = _factor(losses, sample_weight, mask, reduction)
     total = (losses if factor is None else losses * factor).sum()
     if reduction in MEANS and mask is not None:
-        # Each entry of the mask counts once for each position it is broadcast to.
-        return total, mask.to(losses.dtype).sum() * (losses.numel() / max(mask.numel(), 1))
+        return total, mask_sum(losses, mask)
     if reduction == "mean_with_sample_weight" and factor is not None:
         unreduced = is_scalar(losses, sample_weight, mask)
         return total, torch.ones_like(total) if unreduced else factor.sum()
     return total, torch.full_like(total, 1 if reduction == "sum" else losses.numel())
+
+
+def mask_sum(losses: Tensor, mask: Tensor) -> Tensor:
+    """The sum of a mask: each entry counts once for each position it is broadcast to."""
+    return mask.to(losses.dtype).sum() * (losses.numel() / max(mask.numel(), 1))
 
 
 def factors(
@@ -115,13 +119,26 @@ def example_means(
     >>> total.item(), count.item()
     (2.0, 3.0)
     """
+    values, factor = weighed(values, sample_weight, *masks)
+    if factor is None:
+        return _example_means(values).sum(), len(values) if values.ndim else 1
+    return _example_means(values * factor).sum(), _example_means(factor).sum()
+
+
+def weighed(
+    values: Tensor, sample_weight: Tensor | None, *masks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The values in float64, 0 where a mask is, and their factors, None for 1.
+
+    Values are averaged over the axes that no weight or mask has; so both have the same shape.
+    """
     values = values.to(float64_on(values.device))
     factors = [each for each in (sample_weight, *masks) if each is not None]
     for mask in masks:
         if mask is not None:
             values = values.masked_fill(_with_rank(mask, values.ndim) == 0, 0)
     if not factors:
-        return _example_means(values).sum(), len(values) if values.ndim else 1
+        return values, None
     rank = max(factor.ndim for factor in factors)
     factor = values.new_ones(())
     for each in factors:
@@ -129,8 +146,7 @@ def example_means(
         factor = torch.where(each == 0, 0, factor * each.to(values.dtype))
     if values.ndim > rank:
         values = values.mean(tuple(range(rank, values.ndim)))
-    factor = factor.expand(values.shape)
-    return _example_means(values * factor).sum(), _example_means(factor).sum()
+    return values, factor.expand(values.shape)
 
 
 def _with_rank(x: Tensor, rank: int) -> Tensor:

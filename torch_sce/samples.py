@@ -20,6 +20,7 @@ from .kernels import Clip, are_plain, whole_rows
 from .options import FLOATS
 
 Shape = tuple[int, ...]
+Broadcast = Callable[[str, Tensor, torch.Size], Tensor]  # the rule for a weight or a mask
 
 EPSILON = 1e-7  # keras.config.epsilon(): probabilities are clipped to [EPSILON, 1 - EPSILON]
 
@@ -56,7 +57,7 @@ def prepare(
     axis: int,
     ignore_class: float | None = None,
     dtype: torch.dtype | None = None,
-    broadcast: Callable[[str, Tensor, torch.Size], Tensor] | None = None,
+    broadcast: Broadcast | None = None,
     classes: int | None = None,
     checks_labels: bool = True,
     class_weight: Tensor | dict[int, float] | None = None,
@@ -109,6 +110,7 @@ def prepare_targets(
     axis: int,
     dtype: torch.dtype | None = None,
     matches_ranks: bool = True,
+    broadcast: Broadcast | None = None,
     class_weight: Tensor | dict[int, float] | None = None,
 ) -> Samples:
     """As `prepare`, with a target for every class. `matches_ranks`: as Keras's losses do.
@@ -122,7 +124,7 @@ def prepare_targets(
     axis = class_axis(axis, y_pred)
     require_targets(t, y_pred, axis)
     shape = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
-    weight, mask = aligned(sample_weight, mask, y_pred, shape)
+    weight, mask = aligned(sample_weight, mask, y_pred, shape, broadcast)
     counted = None if mask is None else mask.bool().expand(shape)
     if class_weight is not None:
         largest = whole_rows(_classes_last(t, axis)).to(float64_on(t.device)).argmax(-1)
@@ -378,7 +380,7 @@ def aligned(
     mask: ArrayLike | None,
     y_pred: Tensor,
     shape: torch.Size,
-    broadcast: Callable[[str, Tensor, torch.Size], Tensor] | None = None,
+    broadcast: Broadcast | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Weight and mask on `y_pred`'s device, so that they broadcast to the losses' shape."""
     broadcast = broadcast or align
@@ -405,6 +407,13 @@ def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         value = value.unsqueeze(-1)
     while value.ndim > max(rank, 1) and value.shape[0] == 1:
         value = value.squeeze(0)
+    require_broadcasting(name, value, shape, given)
+    return value
+
+
+def require_broadcasting(name: str, value: Tensor, shape: torch.Size, given: Shape) -> None:
+    """Raises unless `value`, of the shape `given` at first, broadcasts to exactly this shape."""
+    rank = len(shape)
     fits = value.ndim <= rank and all(
         have in (1, want)
         for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
@@ -419,7 +428,6 @@ def align(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         )
     if not fits:
         raise ValueError(f"{name} must broadcast to the losses' shape {tuple(shape)}, got {given}")
-    return value
 
 
 def combine_masks(mask: Tensor | None, counted: Tensor | None) -> Tensor | None:

@@ -12,6 +12,8 @@
     differences   the rows in which we differ from tf.keras on purpose
     compare       judges a case: agrees, differs on purpose, or mismatch
     tally         the results of many cases, added up
+    profiles      for which Keras: what is drawn, the rules in float64, the differences
+                  (draw_keras2, reference_keras2, differences_keras2)
     campaign      compares them, here or in several processes
     results       the results as tables and sentences, and their JSON file
     report        shows it in the terminal and as HTML (page, plots, templates)

@@ -48,9 +48,9 @@ class Answer:
 
 
 def ours(case: Case, device: str = "cpu", package: ModuleType | None = None) -> Answer:
-    """What `package`, torch_sce unless another is given, answers to the case."""
+    """What `package`, ours for the case unless another is given, answers to it."""
     if package is None:
-        import torch_sce as package
+        package = importlib.import_module(case.package)
     try:
         if case.head is not None:
             return _loss_of_head(case, case.head, device, package)

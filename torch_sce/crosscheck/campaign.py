@@ -22,8 +22,9 @@ import torch
 from .answers import FLOAT64, Answer, OracleError, our_versions, ours
 from .cases import Case
 from .compare import MISMATCH, Verdict, differs, judge, reference
-from .draw import draw, with_head
-from .live import TARGET, LiveOracle
+from .draw import draw
+from .live import LiveOracle
+from .profiles import KERAS3, PROFILES
 from .recorded import RecordedOracle
 from .tally import Ranges, Tally, gaps
 
@@ -37,6 +38,7 @@ class Plan:
     oracle: str
     device: str = "cpu"
     filters: tuple[str, ...] = ()
+    profile: str = KERAS3
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Oracles:
-    """tf.keras, live or recorded, and another Keras to compare with it; None if there is none."""
+    """The profile's Keras, live or recorded, and another to compare with it; None: no such one."""
 
     target: LiveOracle | RecordedOracle | None
     other: LiveOracle | None
@@ -84,8 +86,9 @@ def opened(plan: Plan) -> Iterator[Oracles]:
             if plan.oracle == "recorded":
                 target = RecordedOracle()
             elif plan.oracle != FLOAT64:
-                target = LiveOracle(TARGET)
-                other = LiveOracle(plan.oracle) if plan.oracle != TARGET else None
+                keras = PROFILES[plan.profile].keras
+                target = LiveOracle(keras)
+                other = LiveOracle(plan.oracle) if plan.oracle != keras else None
         for oracle in (target, other):
             if oracle is not None:
                 stack.enter_context(oracle)
@@ -94,7 +97,7 @@ def opened(plan: Plan) -> Iterator[Oracles]:
 
 def compare(plan: Plan, oracles: Oracles, block: Block) -> Iterator[Compared]:
     """The cases of a block that the filters keep and all oracles can answer, one by one."""
-    cases = drawn(block.seed, range(block.start, block.stop))
+    cases = drawn(block.seed, range(block.start, block.stop), plan.profile)
     cases = (case for case in cases if is_kept(case, plan.filters))
     asked = [each for each in (oracles.target, oracles.other) if each is not None]
     cases = (case for case in cases if all(each.can_answer(case) for each in asked))
@@ -116,14 +119,10 @@ def _verdict(case: Case, keras: Answer | None, mine: Answer, poisons: bool) -> V
         return Verdict(case, MISMATCH, f"unknown: judging raises {type(error).__name__}: {error}")
 
 
-def drawn(seed: int, indices: Iterable[int]) -> Iterator[Case]:
-    """The cases of these numbers: each as drawn and, if it is possible, with a linear head."""
+def drawn(seed: int, indices: Iterable[int], profile: str = KERAS3) -> Iterator[Case]:
+    """The cases of these numbers that the profile has: one or two for each number."""
     for index in indices:
-        case = draw(seed, index)
-        yield case
-        headed = with_head(case)
-        if headed is not None:
-            yield headed
+        yield from PROFILES[profile].cases(draw(seed, index))
 
 
 def names(case: Case) -> set[str]:

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,6 +56,9 @@ class Case:
     as_lists: bool
     upstream: np.ndarray  # what the value is multiplied by before differentiation, one per loss
     features: dict[str, str]
+    profile: ClassVar[str] = "keras3"  # whose rules it is judged by, a name in `profiles.PROFILES`
+    package: ClassVar[str] = "torch_sce"  # ours, with these rules
+    arguments: ClassVar[tuple[str, ...]] = ()  # of the command that shows it
     more: tuple[Batch | None, ...] = ()  # further updates of a metric; None: a reset
     head: Head | None = None
 
@@ -135,6 +138,21 @@ class Case:
         rest = (self.name, self.form, sorted(self.options.items()), self.as_lists)
         digest.update(repr(rest).encode())
         return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Keras2Case(Case):
+    """A case of Keras 2, which computes losses in the predictions' dtype, and metrics in theirs."""
+
+    profile: ClassVar[str] = "keras2"
+    package: ClassVar[str] = "torch_sce.keras2"
+    arguments: ClassVar[tuple[str, ...]] = ("--profile", "keras2")
+
+    @property
+    def loss_dtype(self) -> str:
+        if self.is_loss:
+            return self.y_pred_dtype
+        return self.options.get("dtype") or "float32"
 
 
 def command(seed: int, index: int, arguments: Sequence[str] = ()) -> str:

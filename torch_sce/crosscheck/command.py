@@ -28,6 +28,7 @@ from .campaign import (
 )
 from .compare import MISMATCH
 from .live import LIVE, TARGET
+from .profiles import KERAS2, KERAS3, PROFILES
 from .recorded import RECORDED, RecordedOracle, record
 from .results import Results, Setting, resume, save
 from .tally import Ranges, Tally
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return batch.main(arguments[1:], console)
         parser = _parser()
         options = parser.parse_args(arguments)
+        options.oracle = options.oracle or PROFILES[options.profile].keras
         _check_usage(parser, options)
         _check_filters(parser, options)
         return _run(parser, options, console)
@@ -80,11 +82,16 @@ def _parser() -> argparse.ArgumentParser:
         "'reduction: sum'; if given more than once, cases with all of them",
     )  # fmt: skip
     add(
-        "--oracle", choices=(*LIVE, "recorded", FLOAT64), default=TARGET,
+        "--profile", choices=PROFILES, default=KERAS3,
+        help="keras2: torch_sce.keras2 is compared with tf_keras, under its own table of "
+        "differences (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--oracle", choices=(*LIVE, "recorded", FLOAT64),
         help=f"recorded: tf.keras's recorded answers to --seed {SEED}, cases below {CASES}, no "
         "TensorFlow needed; float64: without a Keras, our answers are compared only with the "
         "rules in float64; the others are compared with tf.keras, to show where they differ "
-        "(%(default)s)",
+        "(the profile's Keras)",
     )  # fmt: skip
     add("--device", default="cpu", help="where torch_sce computes: cpu, cuda, cuda:1, ...")
     add(
@@ -130,6 +137,8 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     for path in (options.json, options.record):
         page.check_file(parser, path)
     page.check_html(parser, options.html)
+    if options.profile == KERAS2 and options.oracle not in (PROFILES[KERAS2].keras, FLOAT64):
+        parser.error(f"--profile {KERAS2} has no --oracle but tf_keras, its own, and {FLOAT64}")
     if options.case is not None and options.filter:
         parser.error("--case is one case, --filter chooses among many: pass one of them")
     if options.case is not None and (options.resume or options.seeds > 1 or options.workers > 1):
@@ -157,7 +166,7 @@ def _check_filters(parser: argparse.ArgumentParser, options: argparse.Namespace)
         return
     known: set[str] = set()
     for seed in _seeds(options):
-        for case in drawn(seed, range(options.cases)):
+        for case in drawn(seed, range(options.cases), options.profile):
             if is_kept(case, options.filter):
                 return
             known |= names(case)
@@ -175,7 +184,7 @@ def _seeds(options: argparse.Namespace) -> range:
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
-    plan = Plan(options.oracle, options.device, tuple(options.filter))
+    plan = Plan(options.oracle, options.device, tuple(options.filter), options.profile)
     seen: list[Compared] = []
     kept = seen if options.case is not None or options.record is not None else None
     if options.oracle != FLOAT64:
@@ -224,9 +233,11 @@ def _start(
     """Empty results, or those of the run to resume."""
     setting = Setting(
         options.oracle, options.filter, _device_name(options.device),
-        versions["target"] | versions["ours"], source(),
+        versions["target"] | versions["ours"], source(), options.profile,
     )  # fmt: skip
     arguments = [] if options.device == "cpu" else ["--device", options.device]
+    if options.profile != KERAS3:
+        arguments += ["--profile", options.profile]
     if options.oracle in ("recorded", FLOAT64):
         arguments += ["--oracle", options.oracle]
     if options.case is None:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .answers import Answer
-from .bounds import LEAST, UNIT, Expected, expected
+from .bounds import LEAST, UNIT, Expected
 from .cases import Case, command
-from .differences import DIFFERENCES, Disagreement
-from .heads import expected_of_head
+from .differences import Disagreement
+from .profiles import PROFILES
 from .reference import LARGEST, Refused, overflowed
-from .reference_metrics import expected_metric
 
 AGREES, DELIBERATE, MISMATCH = "agrees", "deliberate", "mismatch"
 GRADIENTS = ("gradient", "target_gradient", "weight_gradient", "bias_gradient")
@@ -33,7 +32,7 @@ class Verdict:
         said = self.reason if mismatch else f"{self.outcome} {self.reason}".strip()
         if not case.features:
             return f"{case.form} {case.name}({case.options}): {said}"
-        return f"case {case.index}: {said}; {command(case.seed, case.index)}"
+        return f"case {case.index}: {said}; {command(case.seed, case.index, case.arguments)}"
 
 
 def mismatches(verdicts: Iterable[Verdict]) -> list[str]:
@@ -67,19 +66,19 @@ def judge_against(
         raises = "raises" if ours.error else ""
         return Verdict(case, AGREES, raises, *_errors(case, keras, ours, right))
     found = Disagreement(case, keras, ours, refused)
-    for each in DIFFERENCES:
+    profile = PROFILES[case.profile]
+    for each in profile.differences:
         if each.applies(found):
             return Verdict(case, DELIBERATE, each.name)
     if poisons and keras.error and right is not None:
         return Verdict(case, DELIBERATE, "bad labels on a device")
-    return Verdict(case, MISMATCH, f"tf.keras and ours: {difference}")
+    return Verdict(case, MISMATCH, f"{profile.keras} and ours: {difference}")
 
 
 def reference(case: Case, poisons: bool = False) -> tuple[Expected | None, str]:
     """The right answer, or None and the name of the rule for which the case is refused."""
-    rules = expected if case.is_loss else expected_metric
     try:
-        return (rules if case.head is None else expected_of_head)(case, poisons), ""
+        return PROFILES[case.profile].expected(case, poisons), ""
     except Refused as refusal:
         return None, str(refusal)
 

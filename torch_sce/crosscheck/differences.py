@@ -42,11 +42,11 @@ class Difference:
         return as_raised and self.condition(found)
 
 
-def _of_case(holds: Callable[[Case], bool]) -> Condition:
+def of_case(holds: Callable[[Case], bool]) -> Condition:
     return lambda found: holds(found.case)
 
 
-def _refused_for(rule: str) -> Condition:
+def refused_for(rule: str) -> Condition:
     return lambda found: found.refused == rule
 
 
@@ -183,7 +183,7 @@ DIFFERENCES = (
         "raises",
         "accepted as arrays, as Keras's own documentation examples do",
         True,
-        _of_case(lambda case: case.as_lists),
+        of_case(lambda case: case.as_lists),
     ),
     Difference(
         "auto",
@@ -191,7 +191,7 @@ DIFFERENCES = (
         "raises (Keras 2: the default)",
         'the same as `"sum_over_batch_size"`, which it meant',
         True,
-        _of_case(lambda case: case.options.get("reduction") == "auto"),
+        of_case(lambda case: case.options.get("reduction") == "auto"),
     ),
     Difference(
         "axis",
@@ -199,7 +199,7 @@ DIFFERENCES = (
         "raises",
         "any axis works: PyTorch data is often channels-first",
         True,
-        _of_case(_other_axis),
+        of_case(_other_axis),
     ),
     Difference(
         "rounded labels",
@@ -207,7 +207,7 @@ DIFFERENCES = (
         "rounded: under float16, 2049 becomes 2048; under float32, 1.999999999 becomes 2",
         "never rounded; labels stay integers, `ignore_class` is compared exactly",
         None,
-        _of_case(_labels_are_rounded),
+        of_case(_labels_are_rounded),
     ),
     Difference(
         "half-precision arithmetic",
@@ -215,7 +215,7 @@ DIFFERENCES = (
         "in that dtype: they overflow to inf",
         "computed in float32, the result is cast",
         False,
-        _of_case(_in_half_precision),
+        of_case(_in_half_precision),
     ),
     Difference(
         "half-precision function",
@@ -223,7 +223,7 @@ DIFFERENCES = (
         "computed and returned in that dtype",
         "computed and returned in float32",
         False,
-        _of_case(_function_of_halves),
+        of_case(_function_of_halves),
     ),
     Difference(
         "larger than the losses",
@@ -231,7 +231,7 @@ DIFFERENCES = (
         "outer product",
         "`ValueError`: a weight must broadcast to the losses' shape",
         False,
-        _refused_for("shape of a weight"),
+        refused_for("shape of a weight"),
     ),
     Difference(
         "wrong axis",
@@ -239,7 +239,7 @@ DIFFERENCES = (
         "silently weights the time axis (with B != T it raises)",
         "`ValueError` that suggests `sample_weight[:, None]`",
         False,
-        _refused_for("weight along the wrong axis"),
+        refused_for("weight along the wrong axis"),
     ),
     Difference(
         "one position",
@@ -273,7 +273,7 @@ DIFFERENCES = (
         "`(B, T)`, or enlarges the result, or weights the wrong axis",
         "each is matched to the losses' shape; a position counts if it counts in both",
         None,
-        _of_case(_mask_meets_others),
+        of_case(_mask_meets_others),
     ),
     Difference(
         "leading 1",
@@ -289,7 +289,7 @@ DIFFERENCES = (
         "accepted by the class; the function raises, or keeps the axes in the result",
         "accepted by both",
         None,
-        _of_case(_two_trailing_ones),
+        of_case(_two_trailing_ones),
     ),
     Difference(
         "one class",
@@ -297,7 +297,7 @@ DIFFERENCES = (
         "raises, or drops an axis of the result; treats `(B,)` as one class, with loss 0",
         "as for more classes; `ValueError`",
         None,
-        _of_case(_there_is_one_class),
+        of_case(_there_is_one_class),
     ),
     Difference(
         "no positions",
@@ -305,7 +305,7 @@ DIFFERENCES = (
         "shape `(0,)`",
         "a scalar 0.0: a reduced loss is always a scalar",
         False,
-        _of_case(_is_empty),
+        of_case(_is_empty),
     ),
     Difference(
         "targets that do not sum to 1",
@@ -313,7 +313,7 @@ DIFFERENCES = (
         "gradient softmax - y, as if they did",
         "the gradient of the loss: Σy · softmax - y",
         False,
-        _of_case(_targets_are_no_distribution),
+        of_case(_targets_are_no_distribution),
     ),
     Difference(
         "smoothing along the axis",
@@ -321,7 +321,7 @@ DIFFERENCES = (
         "divides by the size of the last axis (3.15; 3.16 by the number of classes)",
         "divides by the number of classes",
         False,
-        _of_case(_smooths_along_another_axis),
+        of_case(_smooths_along_another_axis),
     ),
     Difference(
         "smoothing out of range",
@@ -329,7 +329,7 @@ DIFFERENCES = (
         "accepted: targets become negative, or all equal",
         "`ValueError`, `TypeError`",
         False,
-        _refused_for("label_smoothing"),
+        refused_for("label_smoothing"),
     ),
     Difference(
         "no classes",
@@ -354,7 +354,7 @@ DIFFERENCES = (
         "raises, but accepts a mask and a weight if only one has these axes",
         "both are dropped, as a single one is",
         True,
-        _of_case(_axes_of_1_follow),
+        of_case(_axes_of_1_follow),
     ),
     Difference(
         "top-k of other dtypes",
@@ -362,7 +362,7 @@ DIFFERENCES = (
         "raises",
         "computed in their dtype",
         True,
-        _of_case(_top_k_of_other_dtypes),
+        of_case(_top_k_of_other_dtypes),
     ),
     Difference(
         "k below 1",
@@ -370,6 +370,6 @@ DIFFERENCES = (
         "accepted: the accuracy is 0",
         "`ValueError`",
         None,
-        _refused_for("k"),
+        refused_for("k"),
     ),
 )

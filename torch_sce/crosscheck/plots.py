@@ -1,10 +1,10 @@
-"""Errors against float64, ours and tf.keras's, as pictures."""
+"""Errors against float64, ours and Keras's, as pictures."""
 
 import numpy as np
 
 from .page import Picture, picture, pyplot
 from .results import Results
-from .tally import PARTS, WHO, Tally
+from .tally import PARTS, WHO
 
 EXACT = 0.02  # ulps drawn for 0 on a logarithmic axis
 COLORS = {"ours": "#1f6fb2", "Keras": "#d1622b"}
@@ -14,13 +14,14 @@ def pictures(results: Results) -> list[Picture]:
     """None if no loss is in float32: only those are plotted."""
     if not all(results.tally.errors("ours", part).size for part in PARTS):
         return []
-    found = [_curves(results)] if results.alone else [_scatter(results.tally), _curves(results)]
+    found = [_curves(results)] if results.alone else [_scatter(results), _curves(results)]
     pyplot().close("all")
     return found
 
 
-def _scatter(tally: Tally) -> Picture:
-    """Our error over tf.keras's."""
+def _scatter(results: Results) -> Picture:
+    """Our error over Keras's."""
+    tally, other = results.tally, results.profile.keras
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for panel, part in zip(panels, PARTS, strict=True):
         keys = [f"{who}, {part}" for who in WHO]
@@ -32,12 +33,12 @@ def _scatter(tally: Tally) -> Picture:
         panel.scatter(keras, ours, s=9, alpha=0.35, color=COLORS["ours"], edgecolors="none")
         nearer, farther = (tally.nearer[key] for key in keys)
         panel.text(0.97, 0.05, f"ours nearer: {nearer}", transform=panel.transAxes, ha="right")
-        panel.text(0.03, 0.93, f"tf.keras nearer: {farther}", transform=panel.transAxes)
+        panel.text(0.03, 0.93, f"{other} nearer: {farther}", transform=panel.transAxes)
         total = tally.errors("ours", part).size
         plotted = "" if len(found) == total else f", {len(found)} plotted"
         panel.set(
             xscale="log", yscale="log", xlim=(EXACT / 2, limit), ylim=(EXACT / 2, limit),
-            xlabel="error of tf.keras [ulp]", ylabel="error of torch_sce [ulp]",
+            xlabel=f"error of {other} [ulp]", ylabel="error of torch_sce [ulp]",
             title=f"{part}: {total} cases{plotted} ({EXACT} means exact)",
         )  # fmt: skip
     return picture(figure, "error of both against float64")
@@ -47,7 +48,7 @@ def _curves(results: Results) -> Picture:
     """How many cases are below an error; the gradient's by number of classes."""
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for who, aside in zip(results.who, (0.96, 1.04), strict=False):
-        label = {"ours": "torch_sce", "Keras": "tf.keras"}[who]
+        label = {"ours": "torch_sce", "Keras": results.profile.keras}[who]
         for part, style in zip(PARTS, ("--", "-"), strict=True):
             errors, counts = np.unique(results.tally.errors(who, part), return_counts=True)
             share = counts.cumsum() / max(counts.sum(), 1)

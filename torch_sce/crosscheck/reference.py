@@ -13,7 +13,9 @@ where we agree. `bounds` says how far rounding may move another answer from it.
 q probabilities, y labels, t targets.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,9 @@ LARGEST = {"float16": 65520, "bfloat16": 3.39615e38, "float32": 3.40282356779733
 UNREDUCED = (None, "none")
 MEANS = ("mean", "auto", "sum_over_batch_size")
 REDUCTIONS = (*UNREDUCED, *MEANS, "sum", "mean_with_sample_weight")
+
+# The rule for a weight or a mask: given it and the losses' shape, None or what broadcasts to that.
+Broadcastable = Callable[[Any, tuple[int, ...]], np.ndarray | None]
 
 
 class Refused(ValueError):
@@ -117,9 +122,9 @@ def read(case: Case, poisons: bool = False) -> Given:
         y_true, q = np.asarray(y_true.tolist()), np.asarray(q.tolist())
     if not case.is_sparse:
         return _read_targets(case, y_true, q)
-    axis = _class_axis(case, q.shape)
+    axis = class_axis(case, q.shape)
     y, positions = read_labels(case, y_true, q.shape, poisons)
-    return Given(shown(_rows_of(q, axis), positions), y, axis, positions)
+    return Given(shown(rows_of(q, axis), positions), y, axis, positions)
 
 
 def cast(q: np.ndarray, dtype: str) -> np.ndarray:
@@ -133,10 +138,17 @@ def read_labels(
     case: Case, y_true: np.ndarray, shape: tuple[int, ...], poisons: bool = False
 ) -> tuple[np.ndarray, Positions]:
     """The class of each position, (...), for predictions of this shape."""
-    axis = _class_axis(case, shape)
+    axis = class_axis(case, shape)
     labels = _squeezed(y_true, shape, axis)
-    weight = _broadcastable(case.sample_weight, labels.shape)
-    mask = _broadcastable(case.mask, labels.shape)
+    return located(case, labels, shape[axis], _broadcastable, poisons)
+
+
+def located(
+    case: Case, labels: np.ndarray, classes: int, broadcastable: Broadcastable, poisons: bool
+) -> tuple[np.ndarray, Positions]:
+    """The class of each position, (...), from labels (...), and which positions count."""
+    weight = broadcastable(case.sample_weight, labels.shape)
+    mask = broadcastable(case.mask, labels.shape)
     counts = np.ones(labels.shape, bool)
     ignored = case.options["ignore_class"]
     if ignored is not None:
@@ -147,7 +159,7 @@ def read_labels(
     if mask is not None:
         counts &= np.broadcast_to(mask != 0, labels.shape)
     whole = np.trunc(labels.astype(float))
-    known = (whole >= 0) & (whole < shape[axis])
+    known = (whole >= 0) & (whole < classes)
     if not known[counts].all() and not poisons:
         raise Refused("labels")
     y = np.where(known & counts, labels, 0).astype(np.int64)
@@ -155,18 +167,25 @@ def read_labels(
 
 
 def _read_targets(case: Case, t: np.ndarray, q: np.ndarray) -> Given:
-    t = t.astype(row_dtype(case)).astype(np.float64)
     if case.form == "class" and abs(t.ndim - q.ndim) == 1:
         t, q = matched(t, q), matched(q, t)
-    axis = _class_axis(case, q.shape)
+    return located_targets(case, t, q, _broadcastable)
+
+
+def located_targets(
+    case: Case, t: np.ndarray, q: np.ndarray, broadcastable: Broadcastable
+) -> Given:
+    """A target for each class, of the same rank as predictions."""
+    t = t.astype(row_dtype(case)).astype(np.float64)
+    axis = class_axis(case, q.shape)
     if t.shape != q.shape:
         raise Refused("shape of y_true")
     smoothing = case.options["label_smoothing"] or 0
     if not 0 <= smoothing <= 1:
         raise Refused("label_smoothing")
-    rows, targets = _rows_of(q, axis), _rows_of(t, axis)
+    rows, targets = rows_of(q, axis), rows_of(t, axis)
     shape = rows.shape[:-1]
-    weight, mask = _broadcastable(case.sample_weight, shape), _broadcastable(case.mask, shape)
+    weight, mask = broadcastable(case.sample_weight, shape), broadcastable(case.mask, shape)
     counts = np.ones(shape, bool) if mask is None else np.broadcast_to(mask != 0, shape)
     positions = Positions(counts, np.zeros(shape, bool), weight, mask)
     targets = np.where(counts[..., None], targets, 0)
@@ -190,7 +209,7 @@ def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[..., None] if b.ndim > a.ndim == 1 and b.shape[-1] == 1 else a
 
 
-def _class_axis(case: Case, shape: tuple[int, ...]) -> int:
+def class_axis(case: Case, shape: tuple[int, ...]) -> int:
     axis = case.options["axis"]
     if not -len(shape) <= axis < len(shape):
         raise Refused("axis")
@@ -199,7 +218,7 @@ def _class_axis(case: Case, shape: tuple[int, ...]) -> int:
     return axis % len(shape)
 
 
-def _rows_of(array: np.ndarray, axis: int) -> np.ndarray:
+def rows_of(array: np.ndarray, axis: int) -> np.ndarray:
     """The class axis last and contiguous: along another one NumPy adds up one by one."""
     return np.ascontiguousarray(np.moveaxis(array, axis, -1))
 
@@ -228,6 +247,11 @@ def _broadcastable(value, shape: tuple[int, ...]) -> np.ndarray | None:
         value = value[..., None]
     while value.ndim > max(len(shape), 1) and value.shape[0] == 1:
         value = value[0]
+    return broadcasting(value, shape)
+
+
+def broadcasting(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The value, if it broadcasts to `shape` and along the axes that were meant."""
     ambiguous = value.ndim < len(shape) and value.shape == shape[: value.ndim] and value.size > 1
     try:
         fits = np.broadcast_shapes(value.shape, shape) == shape

@@ -1,5 +1,6 @@
 """What the accuracies and metrics should give, in float64, as `reference` does for the losses."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,15 @@ from .bounds import SLACK, Expected, expected, growth
 from .cases import LOSSES, Batch, Case
 from .reference import Refused
 
+# Total, count, and for rounding: the sum of |w v|, of |w| times the scale of v, of |w|.
+Sums = tuple[float, float, float, float, float]
+Add = Callable[[Case, Batch, bool], Sums]
 
-def expected_metric(case: Case, poisons: bool = False) -> Expected:
+
+def expected_metric(case: Case, poisons: bool = False, add: Add | None = None) -> Expected:
     """The results after every update; for a function, one value per position.
+
+    `add`: what a batch adds; by default as in Keras 3.
 
     Raises:
         Refused: where an error is the right answer.
@@ -19,20 +26,20 @@ def expected_metric(case: Case, poisons: bool = False) -> Expected:
         raise Refused("k")
     with np.errstate(all="ignore"):
         if case.form == "function":
-            values, _, _ = _values(case, case.batch, None, poisons)
+            values = accuracies(case, case.batch)
             exact = np.zeros(values.shape)
             return Expected(value=values, dtype="float32", value_scale=exact, value_size=exact)
-        return _results(case, poisons)
+        return _results(case, poisons, add or _add)
 
 
-def _results(case: Case, poisons: bool) -> Expected:
+def _results(case: Case, poisons: bool, add: Add) -> Expected:
     total = count = size = scale = weight_size = 0.0
     terms, rows = 0, []
     for batch in case.steps:
         if batch is None:
             total = count = size = scale = weight_size = 0.0
         else:
-            added = _add(case, batch, poisons)
+            added = add(case, batch, poisons)
             total, count = total + added[0], count + added[1]
             size, scale, weight_size = size + added[2], scale + added[3], weight_size + added[4]
             terms += batch.y_pred.size + 1
@@ -48,13 +55,10 @@ def _results(case: Case, poisons: bool) -> Expected:
     return Expected(value=values, dtype=dtype, value_scale=scales, value_size=np.abs(values))
 
 
-def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, float, float]:
-    """Total, count, and for rounding: sum of |w v|, of |w| times the scale of v, of |w|."""
+def _add(case: Case, batch: Batch, poisons: bool) -> Sums:
     shape = _values_shape(case, batch)
-    weight, mask = _leading(batch.sample_weight, shape), _leading(batch.mask, shape)
-    shown = None
-    if mask is not None:
-        shown = np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+    weight, mask = leading(batch.sample_weight, shape), leading(batch.mask, shape)
+    shown = spread(mask, shape)
     values, scale, kept = _values(case, batch, shown, poisons)
     values, scale = values.reshape(shape), scale.reshape(shape)
     if shown is not None:
@@ -66,6 +70,11 @@ def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, 
         each = [_sample_means(x) for x in (values, scale)]
         n = float(len(values)) if values.ndim else 1.0
         return float(each[0].sum()), n, float(np.abs(each[0]).sum()), float(each[1].sum()), n
+    return tuple(float(_sample_means(x).sum()) for x in weighed(values, scale, given))  # pyright: ignore[reportReturnType] there are five
+
+
+def weighed(values: np.ndarray, scale: np.ndarray, given: list[np.ndarray]) -> list[np.ndarray]:
+    """What is added up, see `Sums`; averaged over the axes that no weight or mask has."""
     rank = max(each.ndim for each in given)
     given = [each.reshape(each.shape + (1,) * (rank - each.ndim)) for each in given]
     factors = np.array(np.broadcast_arrays(*given))
@@ -75,8 +84,14 @@ def _add(case: Case, batch: Batch, poisons: bool) -> tuple[float, float, float, 
     factor = np.broadcast_to(factor, values.shape)
     w = np.abs(factor)
     scale = np.where(w == 0, 0, w * scale)  # which may be infinite
-    products = (values * factor, factor, w * np.abs(values), scale, w)
-    return tuple(float(_sample_means(x).sum()) for x in products)  # pyright: ignore[reportReturnType] there are five
+    return [values * factor, factor, w * np.abs(values), scale, w]
+
+
+def spread(mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A mask of the first axes, for all elements."""
+    if mask is None:
+        return None
+    return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
 
 
 def _sample_means(x: np.ndarray) -> np.ndarray:
@@ -88,7 +103,7 @@ def _mean(x: np.ndarray, over: tuple[int, ...]) -> np.ndarray:
     return x.sum(over) / np.prod([x.shape[axis] for axis in over]) if over else x
 
 
-def _leading(value, shape: tuple[int, ...]) -> np.ndarray | None:
+def leading(value, shape: tuple[int, ...]) -> np.ndarray | None:
     """A weight or a mask for the first axes of values of this shape."""
     if value is None:
         return None
@@ -125,7 +140,7 @@ def _values(
                 loss.batch, mask=shown != 0))  # fmt: skip
         right = expected(loss, poisons)
         return right.value, right.value_scale, kept
-    values = _accuracies(case, batch)
+    values = accuracies(case, batch)
     return values, np.zeros(values.shape), None
 
 
@@ -133,7 +148,8 @@ def _bare(batch: Batch) -> Batch:
     return Batch(batch.y_true, batch.y_pred, batch.y_pred_dtype)
 
 
-def _accuracies(case: Case, batch: Batch) -> np.ndarray:
+def accuracies(case: Case, batch: Batch) -> np.ndarray:
+    """1 or 0 for every position."""
     y_true, y_pred = (x.astype(np.float64) for x in (batch.y_true, batch.y_pred))
     if case.name == "Accuracy":
         one_longer = (*y_pred.shape, 1) == y_true.shape or (*y_true.shape, 1) == y_pred.shape

@@ -10,7 +10,7 @@ from rich.table import Table
 from . import page, plots
 from .answers import FLOAT64, Answer
 from .compare import AGREES, MISMATCH, Verdict, reference
-from .differences import DIFFERENCES
+from .profiles import PROFILES
 from .reference import Right
 from .results import OUTCOMES, Results, differences, error_lines, everyday, lines, sentence
 from .tally import Tally
@@ -23,7 +23,7 @@ ORACLES = {
 
 def print_tables(console: Console, results: Results) -> None:
     columns = ("ours",) if results.alone else ("ours", "Keras's")
-    both = "two columns are the worst errors, ours and tf.keras's"
+    both = f"two columns are the worst errors, ours and {results.profile.keras}'s"
     last = "column is our worst error" if results.alone else both
     table = Table(
         title=f"Cases by feature. The last {last}, "
@@ -41,14 +41,14 @@ def print_tables(console: Console, results: Results) -> None:
         table.add_row(line.feature, line.value, cases, agree, on_purpose, mismatches, *worst)
     console.print(table)
     if not results.alone:
-        _print_differences(console, results.tally)
+        _print_differences(console, results)
 
 
-def _print_differences(console: Console, tally: Tally) -> None:
+def _print_differences(console: Console, results: Results) -> None:
     table = Table(title="Differences on purpose", title_justify="left")
-    for column in ("where", "tf.keras", "here", "cases"):
+    for column in ("where", results.profile.keras, "here", "cases"):
         table.add_column(column, justify="right" if column == "cases" else "left", overflow="fold")
-    for *texts, count in differences(tally):
+    for *texts, count in differences(results):
         if count:
             table.add_row(*map(escape, texts), str(count))
     console.print(table)
@@ -87,7 +87,7 @@ def details(verdict: Verdict, keras: Answer | None, ours: Answer) -> str:
             f"sample_weight, {_array(batch.sample_weight)}",
             f"mask, {_array(batch.mask)}",
         ]  # fmt: skip
-    for who, answer in {"tf.keras": keras, "ours": ours}.items():
+    for who, answer in {PROFILES[case.profile].keras: keras, "ours": ours}.items():
         if answer is None:
             continue
         if answer.error:
@@ -121,9 +121,11 @@ def outcome(verdict: Verdict) -> str:
         return "Agrees: both raise." if verdict.reason else "Agrees in value and gradient."
     if verdict.outcome == MISMATCH:
         return f"Mismatch of {verdict.reason}"
-    for row in DIFFERENCES:
+    profile = PROFILES[verdict.case.profile]
+    for row in profile.differences:
         if row.name == verdict.reason:
-            return f"Differs on purpose: {row.where}. tf.keras: {row.keras}. Here: {row.here}."
+            theirs = f"{profile.keras}: {row.keras}"
+            return f"Differs on purpose: {row.where}. {theirs}. Here: {row.here}."
     return f"Differs on purpose: {verdict.reason}."
 
 
@@ -166,10 +168,10 @@ def to_html(results: Results) -> str:
         results=results,
         sentence=sentence(results),
         everyday=everyday(results),
-        oracle=ORACLES.get(results.setting.oracle, "the real tf.keras on the CPU"),
+        oracle=ORACLES.get(results.setting.oracle, f"the real {results.profile.keras} on the CPU"),
         errors=error_lines(results),
         pictures=plots.pictures(results),
-        differences=() if results.alone else differences(results.tally),
+        differences=() if results.alone else differences(results),
         lines=lines(results),
         outcomes=OUTCOMES,
     )

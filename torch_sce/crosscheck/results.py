@@ -14,7 +14,7 @@ import numpy as np
 from .answers import FLOAT64
 from .cases import SCRIPT, command
 from .compare import AGREES, DELIBERATE, MISMATCH
-from .differences import DIFFERENCES
+from .profiles import PROFILES, Profile
 from .tally import PARTS, WHO, Mismatch, Row, Tally
 
 OUTCOMES = {AGREES: "agree", DELIBERATE: "on purpose", MISMATCH: "mismatch"}
@@ -29,6 +29,7 @@ class Setting:
     device: str
     versions: dict[str, str]
     source: str  # a hash of ours
+    profile: str
 
 
 KEYS = [each.name for each in fields(Setting)]
@@ -44,6 +45,10 @@ class Results:
     arguments: list[str]  # of the command line: which oracle and device
     choice: list[str]  # and which cases of the seeds
     seconds: float = 0.0
+
+    @property
+    def profile(self) -> Profile:
+        return PROFILES[self.setting.profile]
 
     @property
     def alone(self) -> bool:
@@ -94,18 +99,19 @@ def _worst(row: Row, who: str) -> str:
     return f"{max(found):.1f}" if found else ""
 
 
-def differences(tally: Tally) -> Iterator[tuple[str, str, str, int]]:
-    """Where, what tf.keras does, what we do, and in how many cases."""
-    for each in DIFFERENCES:
-        yield each.where, each.keras, each.here, tally.reasons[each.name]
-    on_a_device = tally.reasons["bad labels on a device"]
+def differences(results: Results) -> Iterator[tuple[str, str, str, int]]:
+    """Where, what Keras does, what we do, and in how many cases."""
+    reasons = results.tally.reasons
+    for each in results.profile.differences:
+        yield each.where, each.keras, each.here, reasons[each.name]
+    on_a_device = reasons["bad labels on a device"]
     if on_a_device:
         yield "label outside [0, C), on a device", "raises", "NaN in that row", on_a_device
 
 
 def sentence(results: Results) -> str:
     """How many cases agree, and how."""
-    tally, whom = results.tally, "the float64 rules" if results.alone else "tf.keras"
+    tally, whom = results.tally, "the float64 rules" if results.alone else results.profile.keras
     count, agree, raised = tally.cases, tally.outcomes[AGREES], tally.reasons["raises"]
     on_purpose = "" if results.alone else f"{tally.outcomes[DELIBERATE]} differ on purpose, "
     return (
@@ -118,11 +124,12 @@ def sentence(results: Results) -> str:
 
 def error_lines(results: Results) -> Iterator[str]:
     """The errors of value and gradient, a sentence each."""
+    names = {"ours": "ours", "Keras": results.profile.keras}
     for part in PARTS:
         errors = {who: results.tally.errors(who, part) for who in results.who}
         if errors["ours"].size:
             said = "; ".join(
-                f"{'ours' if who == 'ours' else 'tf.keras'} median {np.median(each):.2f}, "
+                f"{names[who]} median {np.median(each):.2f}, "
                 f"mean {each.mean():.2f}, largest {each.max():.2f}"
                 for who, each in errors.items()
             )
@@ -139,9 +146,9 @@ def everyday(results: Results) -> Iterator[str]:
         if apart.size:
             exact, one, four = (f"{np.mean(apart <= ulps):.1%}" for ulps in (0, 1, 4))
             shares.append(
-                f"The {said} is the same as tf.keras's to the last bit in {exact} of those that "
-                f"agree, within 1 ulp in {one}, within 4 in {four}; the largest difference is "
-                f"{apart.max():.1f}."
+                f"The {said} is the same as {results.profile.keras}'s to the last bit in {exact} of "
+                f"those that agree, within 1 ulp in {one}, within 4 in {four}; the largest "
+                f"difference is {apart.max():.1f}."
             )
     if shares:
         yield " ".join([

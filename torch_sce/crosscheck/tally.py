@@ -118,7 +118,7 @@ class Tally:
             if len(found) == len(WHO) and found[0] != found[1]:
                 self.nearer[f"{WHO[int(np.argmin(found))]}, {part}"] += 1
         if ulps:
-            shape, axis = case.y_pred.shape, case.options["axis"]
+            shape, axis = case.y_pred.shape, case.options.get("axis", -1)
             # Predictions (B,) with targets (B, 1) are those of one class, on an axis of their own.
             classes = shape[axis] if -len(shape) <= axis < len(shape) else 1
             rounded = {key: float(f"{error:.4g}") for key, error in ulps.items()}

@@ -38,7 +38,7 @@ def load(name: str):
 
         keras = tf.keras
         packages = ("tensorflow", "keras" if name == "tf.keras" else "tf_keras")
-        backend = WithTensorflow
+        backend = WithTensorflow if name == "tf.keras" else WithKeras2
     else:
         import keras
 
@@ -127,7 +127,7 @@ def measure(keras, backend, case: dict):
             elif batch["mask"] is not None:
                 backend.attach(y_pred, batch["mask"])
             with keras_speaks():
-                metric.update_state(y_true, y_pred, batch["sample_weight"])
+                backend.update(metric, y_true, y_pred, batch["sample_weight"])
         with keras_speaks():
             results.append(metric.result())
     return backend.stack(results)
@@ -151,6 +151,10 @@ class WithTensorflow:
         import tensorflow as tf
 
         y_pred._keras_mask = tf.constant(mask)
+
+    @staticmethod
+    def update(metric, y_true, y_pred, sample_weight):
+        metric.update_state(y_true, y_pred, sample_weight)
 
     @staticmethod
     def stack(results):
@@ -196,7 +200,28 @@ class WithTensorflow:
         return result, dx, None, tf.transpose(tf.convert_to_tensor(dkernel)), *dbias
 
 
+class WithKeras2(WithTensorflow):
+    """As `fit` calls it: labels are tensors, and a mask is a factor of a metric's weights."""
+
+    @staticmethod
+    def labels(array):
+        import tensorflow as tf
+
+        return tf.constant(array)
+
+    @staticmethod
+    def update(metric, y_true, y_pred, sample_weight):
+        from tf_keras.src.utils.losses_utils import apply_mask, get_mask
+
+        weight = apply_mask(y_pred, sample_weight, get_mask(y_pred))
+        metric.update_state(y_true, y_pred, weight)
+
+
 class WithTorch:
+    @staticmethod
+    def update(metric, y_true, y_pred, sample_weight):
+        metric.update_state(y_true, y_pred, sample_weight)
+
     @staticmethod
     def tensor(array, dtype):
         import torch
@@ -238,6 +263,10 @@ class WithTorch:
 
 
 class WithJax:
+    @staticmethod
+    def update(metric, y_true, y_pred, sample_weight):
+        metric.update_state(y_true, y_pred, sample_weight)
+
     @staticmethod
     def tensor(array, dtype):
         import jax.numpy as jnp

@@ -120,7 +120,7 @@ def test_the_sentence_on_everyday_use_counts_what_it_says(recorded):
         assert answer.value is not None
         off = answer if number % 4 else replace(answer, value=np.nextafter(answer.value, np.inf))
         tally.add(judge(case, off, answer))
-    results = Results(tally, range(1), Setting("", [], "", {}, ""), [], [])
+    results = Results(tally, range(1), Setting("", [], "", {}, "", "keras3"), [], [])
     (said,) = everyday(results)
     assert "40 of 40 cases agree, 0 differ on purpose. The value is the same as tf.keras's" in said
     assert "to the last bit in 75.0% of those that agree, within 1 ulp in 100.0%" in said

@@ -28,7 +28,7 @@ class _Sequence(Protocol):
 
 
 # A tensor, a number, a list, an array; `help()` shows it by its name.
-ArrayLike = TypeAliasType("ArrayLike", Tensor | int | float | _Array | _Sequence)
+ArrayLike = TypeAliasType("ArrayLike", Tensor | int | float | _Array | _Sequence | PackedSequence)
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -89,7 +89,8 @@ def require_dense(name: str, tensor: Tensor) -> None:
         plain = _unmasked(name, f"{name}.get_data()", counted, f"{name}.to_tensor(0)")
         raise TypeError(f"{name} must be a plain tensor, got a MaskedTensor: {plain}")
     if tensor.is_nested:
-        kind, plain = "a nested one", f"torch.cat({name}.unbind())"
+        kind = "a nested one"
+        plain = f"{name}.values()" if tensor.layout == torch.jagged else f"{name}.unbind()"
     elif tensor.is_quantized:
         kind, plain = tensor.dtype, f"{name}.dequantize()"
     elif tensor.layout != torch.strided:
@@ -180,18 +181,13 @@ def _joined(name: str, value: Any) -> str:
     if isinstance(value, PackedSequence):
         return f": pass {name}.data"
     if not all(isinstance(item, Tensor) for item in value):
-        return (
-            ": make one of it by torch.stack for lists of tensors, the innermost first, and "
-            "torch.tensor for numbers"
-        )
+        return " and others: make one tensor of the innermost lists first"
     shapes = {tuple(item.shape) for item in value}
     if len(shapes) == 1:
         return f": pass torch.stack({name}), which keeps their gradients"
-    if len({shape[1:] for shape in shapes}) > 1 or min(map(len, shapes)) <= (name == "y_pred"):
+    if len({shape[1:] for shape in shapes}) > 1:
         return " of shapes " + " and ".join(map(str, sorted(shapes, reverse=True)))
-    label = ", padding_value=-1) and ignore_class=-1" if name == "y_true" else ")"
-    padded = f"torch.nn.utils.rnn.pad_sequence({name}, batch_first=True{label}"
-    return f" of different lengths: pass torch.cat({name}), or {padded}"
+    return f" of different lengths: pass torch.cat({name})"
 
 
 def _has_classes(name: str, value: Any) -> bool:

@@ -295,9 +295,13 @@ class WithSlices(WithOptions):
 
 
 def device_of(*given: Any) -> torch.device:
-    """That of the first tensor; anything else becomes one on the default device."""
-    found = next((x for x in given if isinstance(x, Tensor)), None)
-    return torch.empty(0).device if found is None else found.device
+    """That of the first tensor, also in a list; anything else gets the default device."""
+    for x in given:
+        while isinstance(x, (list, tuple)) and x:
+            x = x[0]
+        if isinstance(x, Tensor):
+            return x.device
+    return torch.empty(0).device
 
 
 def on_every_rank(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .options import (
     parse_smoothing,
     unexpected,
 )
+from .ragged import restored
 from .samples import prepare, prepare_targets
 
 
@@ -76,7 +77,8 @@ def sparse_categorical_crossentropy(
         ignore_class=parse_ignore_class(ignore_class),
     )
     z, y, counted, clip = samples.z, samples.y, samples.counted, samples.clip
-    return row_losses(z, y, counted, clip, samples.in_range, label_smoothing)
+    losses = row_losses(z, y, counted, clip, samples.in_range, label_smoothing)
+    return restored(losses, y_pred)
 
 
 def categorical_crossentropy(
@@ -130,4 +132,5 @@ def categorical_crossentropy(
         axis=parse_axis(axis),
         matches_ranks=False,
     )
-    return target_losses(samples.z, samples.y, samples.counted, samples.clip, label_smoothing)
+    z, t, counted, clip = samples.z, samples.y, samples.counted, samples.clip
+    return restored(target_losses(z, t, counted, clip, label_smoothing), y_pred)

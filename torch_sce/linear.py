@@ -40,6 +40,7 @@ from .options import (
     typed_as,
     unexpected,
 )
+from .ragged import packed, restored
 from .reduction import factors
 from .samples import (
     Samples,
@@ -202,10 +203,11 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
         def compute(divisor: Tensor | None) -> Unreduced:
             if others:
                 raise self._unexpected(others)
-            given = _head(hidden, weight, bias)
-            return self._unreduced(y_true, given, sample_weight, mask, divisor)
+            dense = packed(y_true, hidden, sample_weight, mask, name="hidden")
+            given = _head(dense.y_pred, weight, bias)
+            return self._unreduced(dense.y_true, given, dense.sample_weight, dense.mask, divisor)
 
-        return reduced(self, compute, hidden, denominator)
+        return restored(reduced(self, compute, hidden, denominator), hidden)
 
     if TYPE_CHECKING:
 
@@ -306,7 +308,8 @@ def linear_sparse_categorical_crossentropy(
     """
     if others:
         raise unexpected(NAME, others, ["ignore_class"], CALL, "the call of a loss")
-    given = _head(hidden, weight, bias)
+    dense = packed(y_true, hidden, name="hidden")
+    given = _head(dense.y_pred, weight, bias)
     options = _Options(
         parse_ignore_class(ignore_class),
         parse_softcap(logit_softcap),
@@ -315,8 +318,11 @@ def linear_sparse_categorical_crossentropy(
         parse_smoothing(label_smoothing),
     )
     if not _in_chunks(given):
-        return _by_definition(y_true, given, None, None, options)[1]
-    return _losses(given, _samples(y_true, given, None, None, options), options)
+        losses = _by_definition(dense.y_true, given, None, None, options)[1]
+    else:
+        samples = _samples(dense.y_true, given, None, None, options)
+        losses = _losses(given, samples, options)
+    return restored(losses, hidden)
 
 
 def _options_of(loss: LinearSparseCategoricalCrossentropy, shard: Slice | None = None) -> _Options:

@@ -35,6 +35,7 @@ from .options import (
     parse_smoothing,
     typed_as,
 )
+from .ragged import restored
 from .reduction import reduce
 from .samples import Samples, class_axis, parse_class_weight, prepare, prepare_targets
 
@@ -102,8 +103,10 @@ class _Loss(WithOptions):
         compute = partial(self._unreduced, y_true, y_pred, sample_weight, mask, others)
         if self.process_group is None and denominator is None:
             losses, weight, mask, _ = compute(None)
-            return reduce(losses, weight, mask, self.reduction).to(self.dtype)
-        return reduced(self, compute, y_pred, denominator)
+            value = reduce(losses, weight, mask, self.reduction).to(self.dtype)
+        else:
+            value = reduced(self, compute, y_pred, denominator)
+        return restored(value, y_pred)
 
     if TYPE_CHECKING:
 
@@ -122,7 +125,10 @@ class _Loss(WithOptions):
         if others:
             raise self._unexpected(others)
         samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
-        return self._losses(samples), samples.weight, samples.mask, unchanged
+        losses = self._losses(samples)
+        if self.reduction in ("none", None):
+            return losses, samples.weight, samples.mask, unchanged
+        return *samples.reducible(losses), unchanged
 
     def denominator(
         self,
@@ -170,7 +176,7 @@ class _Loss(WithOptions):
         >>> [round(x, 4) for x in loss.call([1, 2], [[0.05, 0.95, 0], [0.1, 0.8, 0.1]]).tolist()]
         [0.0513, 2.3026]
         """
-        return self._losses(self._prepare(y_true, y_pred, None, None, None))
+        return restored(self._losses(self._prepare(y_true, y_pred, None, None, None)), y_pred)
 
     @abstractmethod
     def _prepare(

@@ -58,6 +58,7 @@ from .options import (
     shown_options,
     unexpected,
 )
+from .ragged import packed
 from .reduction import example_means
 from .samples import aligned, leading, over_leading_axes, prepare
 
@@ -97,6 +98,7 @@ class _Mean(Metric):
     higher_is_better = True
     full_state_update = False
     _rules: ClassVar[str] = ""  # a name for rules that are not those of this module
+    _class_axis: ClassVar[int | None] = -1
 
     def __init__(self, name: str | None, dtype: Any, options: dict[str, Any], **kwargs: Any):
         if misnamed := OURS.keys() & kwargs.keys():
@@ -180,7 +182,9 @@ class _Mean(Metric):
     ) -> None:
         """Adds a batch: `update_state` with predictions first, as torchmetrics has it."""
         with torch.no_grad():
-            total, count = self._sums(target, to_tensor("y_pred", preds), sample_weight, mask)
+            axis = self.options.get("axis", self._class_axis)
+            target, preds, *weights, _ = packed(target, preds, sample_weight, mask, axis)
+            total, count = self._sums(target, to_tensor("y_pred", preds), *weights)
             setattr(self, self._names[0], self.total + total)
             setattr(self, self._names[1], self.count + count)
 
@@ -313,6 +317,8 @@ class Accuracy(_Mean):
     >>> metric.result()
     tensor(0.7500)
     """
+
+    _class_axis = None
 
     def __init__(self, name: str | None = "accuracy", dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(name, dtype, {}, **kwargs)

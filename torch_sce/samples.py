@@ -18,6 +18,7 @@ from torch import Tensor
 from .arrays import HALVES, ArrayLike, float64_on, floats, to_tensor
 from .kernels import Clip, are_plain, whole_rows
 from .options import FLOATS
+from .ragged import packed, place_of
 
 Shape = tuple[int, ...]
 Broadcast = Callable[[str, Tensor, torch.Size], Tensor]  # the rule for a weight or a mask
@@ -45,6 +46,15 @@ class Samples(NamedTuple):
     mask: Tensor | None  # the mask as given, 0 where a label is ignored; broadcasts to P
     clip: Clip  # None for logits, otherwise the bounds of probabilities
     in_range: bool = False  # whether all of y is known to be in [0, C)
+    order: Tensor | None = None  # lists the positions example by example; None: as they are
+
+    def reducible(self, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The losses (*P,), weight and mask, example by example: a sum's bits need its order."""
+        weight, mask, order = self.weight, self.mask, self.order
+        if order is None:
+            return losses, weight, mask
+        weight, mask = (None if x is None else x[order] for x in (weight, mask))
+        return losses[order], weight, mask
 
 
 def prepare(
@@ -77,6 +87,8 @@ def prepare(
     Raises:
         ValueError, TypeError: as the loss says.
     """
+    as_given = y_pred
+    y_true, y_pred, sample_weight, mask, order = packed(y_true, y_pred, sample_weight, mask, axis)
     y_pred = predictions(y_pred, dtype)
     given = to_tensor("y_true", y_true, y_pred)
     axis = class_axis(axis, y_pred)
@@ -91,13 +103,13 @@ def prepare(
         if counted is not None:
             counted = None if bool(counted.all()) else counted
             y = y if counted is None else y.masked_fill(~counted, 0)
-        require_classes(labels, y, counted, classes or y_pred.shape[axis], axis)
+        require_classes(labels, y, counted, classes or y_pred.shape[axis], axis, as_given)
     if class_weight is not None:
         fits = (classes or y_pred.shape[axis]) if checks_labels else None
         weight = times(weight, weights_of(y, class_weight, fits))
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z = _classes_last(y_pred, axis)
-    return Samples(z, y, counted, kept, weight, mask, clip, in_range)
+    return Samples(z, y, counted, kept, weight, mask, clip, in_range, order)
 
 
 def prepare_targets(
@@ -117,6 +129,7 @@ def prepare_targets(
 
     The class weight of a position is that of its largest target, as in Keras's `fit`.
     """
+    y_true, y_pred, sample_weight, mask, order = packed(y_true, y_pred, sample_weight, mask, axis)
     y_pred = predictions(y_pred, dtype)
     t = to_tensor("y_true", y_true, y_pred)
     if matches_ranks:
@@ -131,7 +144,7 @@ def prepare_targets(
         weight = times(weight, weights_of(largest, class_weight, t.shape[axis]))
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z, t = _classes_last(y_pred, axis), _classes_last(t, axis)
-    return Samples(z, t, counted, None, weight, mask, clip)
+    return Samples(z, t, counted, None, weight, mask, clip, order=order)
 
 
 def predictions(y_pred: ArrayLike, dtype: torch.dtype | None) -> Tensor:
@@ -288,16 +301,23 @@ def class_numbers(labels: Tensor) -> Tensor:
     return found
 
 
-def require_classes(labels: Tensor, y: Tensor, counted: Tensor | None, C: int, axis: int) -> None:
-    """Raises for a label that counts and is outside `[0, C)`; y holds 0 for those that do not."""
+def require_classes(
+    labels: Tensor, y: Tensor, counted: Tensor | None, C: int, axis: int, y_pred: ArrayLike
+) -> None:
+    """Raises for a label that counts and is outside `[0, C)`; y holds 0 for those that do not.
+
+    `y_pred` as it was given says where a label is.
+    """
     if y.numel() == 0:
         return
     low, high = y.aminmax()
     if low.item() >= 0 and high.item() < C:
         return
     found = ((y < 0) | (y >= C)).nonzero()
-    position = tuple(found[0].tolist())
-    label = labels[position].item()
+    index = tuple(found[0].tolist())
+    label = labels[index].item()
+    position = place_of(index, y_pred)
+    axis += len(position) - len(index)  # without the axis of the examples where they are packed
     others = len(found) - 1
     more = f" and at {others} other position{'s' * (others > 1)}" if others else ""
     used = y if counted is None else y[counted]

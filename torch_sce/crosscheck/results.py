@@ -139,16 +139,16 @@ def error_lines(results: Results) -> Iterator[str]:
 
 def everyday(results: Results) -> Iterator[str]:
     """A sentence about everyday use, if there is a Keras and such cases."""
-    tally = results.tally
+    tally, keras = results.tally, results.profile.keras
     shares = []
     for part, said in zip(PARTS, ("value", "gradient's worst entry"), strict=True):
         apart = tally.errors("apart", part)
         if apart.size:
             exact, one, four = (f"{np.mean(apart <= ulps):.1%}" for ulps in (0, 1, 4))
             shares.append(
-                f"The {said} is the same as {results.profile.keras}'s to the last bit in {exact} of "
-                f"those that agree, within 1 ulp in {one}, within 4 in {four}; the largest "
-                f"difference is {apart.max():.1f}."
+                f"The {said} is the same as {keras}'s to the last bit in {exact} of those that "
+                f"agree, within 1 ulp in {one}, within 4 in {four}; the largest difference is "
+                f"{apart.max():.1f}."
             )
     if shares:
         yield " ".join([

@@ -28,6 +28,7 @@ from ..kernels import is_traced
 from ..linear import LinearSparseCategoricalCrossentropy, _head, _logits, _options_of
 from ..losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from ..options import MEANS, WithOptions
+from ..ragged import packed
 from ..reduction import is_scalar, numerator_and_denominator, reduce, weighted
 from ..samples import CLIP, class_numbers
 from .batch import Batch, Finding, Loss, batch_of, in_words
@@ -58,7 +59,8 @@ def explain(
             `LinearSparseCategoricalCrossentropy`.
         y_true, y_pred, sample_weight, mask: as in the call `loss(y_true, y_pred, sample_weight,
             mask)`. For a `LinearSparseCategoricalCrossentropy`, `y_pred` is what goes into the
-            head, `hidden`; all of its logits are computed.
+            head, `hidden`; all of its logits are computed. Of examples of different lengths the
+            positions are numbered as their values are.
         weight, bias: those of the head, for a `LinearSparseCategoricalCrossentropy` only.
 
     Returns:
@@ -103,15 +105,23 @@ def explain(
             "it outside"
         )
     is_linear = isinstance(loss, LinearSparseCategoricalCrossentropy)
-    predictions = "hidden" if is_linear else "y_pred"
-    given = {"y_true": y_true, predictions: y_pred, "sample_weight": sample_weight, "mask": mask}
+    name = "hidden" if is_linear else "y_pred"
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        arguments = tuple(_on_host(*each) for each in given.items())
+        try:
+            *given, _ = packed(y_true, y_pred, sample_weight, mask, getattr(loss, "axis", -1), name)
+        except ValueError as error:
+            return _unreadable(loss, "arguments that do not fit", error)
+        arguments = tuple(map(_on_host, ("y_true", name, "sample_weight", "mask"), given))
         if is_linear:
             return _head_explained(
                 loss, arguments, _on_host("weight", weight), _on_host("bias", bias)
             )
         return _explained(loss, arguments)
+
+
+def _unreadable(loss: Any, name: str, error: Exception) -> Explanation:
+    found = (Finding(name, str(error), ""),)
+    return Explanation(loss, error=f"{type(error).__name__}: {error}", findings=found)
 
 
 def _head_explained(
@@ -125,8 +135,7 @@ def _head_explained(
     try:
         head = _head(hidden, weight, bias)
     except (ValueError, TypeError) as error:
-        found = (Finding("a head that does not fit", str(error), ""),)
-        return Explanation(loss, error=f"{type(error).__name__}: {error}", findings=found)
+        return _unreadable(loss, "a head that does not fit", error)
     of_logits = SparseCategoricalCrossentropy(
         True, loss.ignore_class, loss.reduction, dtype=loss.dtype,
         label_smoothing=loss.label_smoothing, class_weight=loss.class_weight,

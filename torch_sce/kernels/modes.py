@@ -1,4 +1,4 @@
-"""Which of PyTorch's transforms and modes are active, and groups by their names.
+"""Which of PyTorch's transforms and modes are active, and what it keeps of tensors and groups.
 
 PyTorch has no public functions for this. Its private ones are used here and nowhere else; they are
 the same from PyTorch 2.6 to 2.15.
@@ -51,6 +51,11 @@ def constant_in_graphs(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
+
+
+def ragged_axis(x: Tensor) -> int:
+    """Which axis of a jagged nested tensor has the different lengths."""
+    return x._ragged_idx  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def group_called(name: str) -> Any:

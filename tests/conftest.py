@@ -141,7 +141,8 @@ def make_case(
     if form == "class":
         defaults |= {"reduction": "sum_over_batch_size"}
     if upstream is None:
-        upstream = np.ones(max(1, y_pred.size) ** 2 + 16, np.float32)
+        n = y_pred.size  # a weight may enlarge the losses
+        upstream = np.ones(min(n**2, max(n, 2**20)) + 16, np.float32)
     mask = None if mask is None else np.asarray(mask)
     batch = Batch(np.asarray(y_true), y_pred, str(y_pred.dtype), sample_weight, mask)
     return Case(

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from torch_sce import (
     SparseCategoricalCrossentropy,
     categorical_crossentropy,
     explain,
+    keras2,
     linear_sparse_categorical_crossentropy,
     metrics,
     sparse_categorical_accuracy,
@@ -235,12 +236,15 @@ class TestKinds:
             (loss.as_criterion()(given, way(y)), want),
             (sparse_categorical_crossentropy(way(y), given, True), want),
             (categorical_crossentropy(way(hot), given, True, 0.1), smoothed),
+            (keras2.sparse_categorical_crossentropy(way(y), given, True), want),
+            (keras2.categorical_crossentropy(way(hot), given, True, 0.1), smoothed),
         ]
         for found, losses in results:
             assert type(found) is type(given) and torch.equal(values_of(found), losses)
             if isinstance(found, torch.Tensor):  # the same symbolic size: they can be multiplied
-                assert found.shape == given.shape[:-1]
-                assert torch.equal((found * given.sum(-1)).values(), losses * z.sum(-1))
+                nested = cast("torch.Tensor", given)
+                assert found.shape == nested.shape[:-1]
+                assert torch.equal((found * nested.sum(-1)).values(), losses * z.sum(-1))
             elif isinstance(given, PackedSequence):
                 assert all(a is b for a, b in zip(found[1:], given[1:], strict=True))
             else:
@@ -636,6 +640,11 @@ def test_it_is_tf_keras_on_ragged_tensors():
         for way in ways_for(problem.lengths):
             found, dz = problem.result(loss, way, weight)
             # Each is a sum of up to 50 float32 losses, in some order.
+            np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(dz, np.reshape(gradient, dz.shape), rtol=1e-4, atol=1e-5)
+            of_keras2 = getattr(keras2, type(loss).__name__)
+            loss2 = of_keras2(loss.from_logits, reduction=loss.reduction)
+            found, dz = problem.result(loss2, way, weight)
             np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(dz, np.reshape(gradient, dz.shape), rtol=1e-4, atol=1e-5)
             if not problem.targets:

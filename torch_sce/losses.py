@@ -80,6 +80,8 @@ class _Loss(WithOptions):
         """The loss: a scalar, or one value for each position if the reduction is "none".
 
         Arguments may also be numbers, lists or arrays; they are moved to `y_pred`'s device.
+        Examples of different lengths are jagged nested tensors, `PackedSequence`s or lists of
+        tensors, all arguments alike; unreduced losses come back so: see `torch_sce.ragged`.
 
         Args:
             y_true: labels or targets, as the class says.
@@ -100,11 +102,11 @@ class _Loss(WithOptions):
                 weight that would enlarge the loss), an axis out of range, a label out of range.
             TypeError: strings, complex numbers; other arguments, with ours for PyTorch's names.
         """
-        compute = partial(self._unreduced, y_true, y_pred, sample_weight, mask, others)
         if self.process_group is None and denominator is None:
-            losses, weight, mask, _ = compute(None)
-            value = reduce(losses, weight, mask, self.reduction).to(self.dtype)
+            parts = self._unreduced(y_true, y_pred, sample_weight, mask, others, None)
+            value = reduce(*parts[:3], self.reduction).to(self.dtype)
         else:
+            compute = partial(self._unreduced, y_true, y_pred, sample_weight, mask, others)
             value = reduced(self, compute, y_pred, denominator)
         return restored(value, y_pred)
 

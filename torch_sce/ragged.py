@@ -82,6 +82,8 @@ def packed(
     Raises:
         ValueError: layouts that differ, no class axis, a class axis that is not the last.
     """
+    if _is_dense(y_pred) and _is_dense(y_true) and sample_weight is None is mask:
+        return Packed(y_true, y_pred, None, None)  # most calls
     layout = _layout(y_pred)
     others = {"y_true": y_true, "sample_weight": sample_weight, "mask": mask}
     if layout is None:
@@ -119,6 +121,10 @@ def place_of(position: tuple[int, ...], y_pred: ArrayLike) -> tuple[int, ...]:
         return position
     example, step = _coordinates(y_pred, len(_values("y_pred", y_pred)))
     return (int(example[position[0]]), int(step[position[0]]), *position[1:])
+
+
+def _is_dense(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout == torch.strided
 
 
 def _layout(x: Any, of_any_list: bool = False) -> _Layout | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..arrays import ArrayLike, floats, to_tensor
 from ..kernels import row_losses, target_losses
 from ..options import CALL, NoArguments, parse_axis, parse_flag, parse_smoothing, unexpected
+from ..ragged import packed, restored
 from ..samples import prepare, prepare_targets
 from .rules import labels_of, parse_ignored
 
@@ -56,17 +57,19 @@ def sparse_categorical_crossentropy(
     if others:
         name, taken = "sparse_categorical_crossentropy", ["axis", "ignore_class"]
         raise unexpected(name, others, taken, CALL, "the call of a loss")
-    y_pred = floats(y_pred)
     axis = parse_axis(axis)
+    dense = packed(y_true, y_pred, axis=axis)
+    predictions = floats(dense.y_pred)
     samples = prepare(
-        labels_of(to_tensor("y_true", y_true, y_pred), y_pred, axis),
-        y_pred,
+        labels_of(to_tensor("y_true", dense.y_true, predictions), predictions, axis),
+        predictions,
         from_logits=parse_flag("from_logits", from_logits),
         axis=axis,
         ignore_class=parse_ignored(ignore_class),
     )
     z, y, counted = samples.z, samples.y, samples.counted
-    return row_losses(z, y, counted, samples.clip, samples.in_range).to(y_pred.dtype)
+    losses = row_losses(z, y, counted, samples.clip, samples.in_range)
+    return restored(losses.to(predictions.dtype), y_pred)
 
 
 def categorical_crossentropy(
@@ -109,13 +112,15 @@ def categorical_crossentropy(
     if others:
         raise unexpected("categorical_crossentropy", others, ["axis"], CALL, "the call of a loss")
     label_smoothing = parse_smoothing(label_smoothing)
-    y_pred = floats(y_pred)
+    axis = parse_axis(axis)
+    dense = packed(y_true, y_pred, axis=axis)
+    predictions = floats(dense.y_pred)
     samples = prepare_targets(
-        y_true,
-        y_pred,
+        dense.y_true,
+        predictions,
         from_logits=parse_flag("from_logits", from_logits),
-        axis=parse_axis(axis),
+        axis=axis,
         matches_ranks=False,
     )
     losses = target_losses(samples.z, samples.y, samples.counted, samples.clip, label_smoothing)
-    return losses.to(y_pred.dtype)
+    return restored(losses.to(predictions.dtype), y_pred)

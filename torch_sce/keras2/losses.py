@@ -17,6 +17,7 @@ from ..options import (
     parse_smoothing,
     typed_as,
 )
+from ..ragged import packed, restored
 from ..samples import Samples, prepare, prepare_targets
 from .rules import align, labels_of, parse_ignored, parse_reduction, reduce, squeezed
 
@@ -40,6 +41,7 @@ class _Loss(WithOptions):
         """The loss: a scalar, or one value for each position if the reduction is "none".
 
         Arguments may also be numbers, lists or arrays; they are moved to `y_pred`'s device.
+        Examples of different lengths are as for `torch_sce.SparseCategoricalCrossentropy`.
 
         Args:
             y_true: labels or targets, as the class says.
@@ -59,10 +61,12 @@ class _Loss(WithOptions):
         """
         if others:
             raise self._unexpected(others)
-        y_pred = floats(y_pred)
-        samples = self._prepare(y_true, y_pred, sample_weight, mask)
+        axis = getattr(self, "axis", -1)
+        dense = packed(y_true, y_pred, sample_weight, mask, axis)
+        z = floats(dense.y_pred)
+        samples = self._prepare(dense.y_true, z, dense.sample_weight, dense.mask)
         value = reduce(self._losses(samples), samples.weight, samples.mask, self.reduction)
-        return value.to(y_pred.dtype)
+        return restored(value.to(z.dtype), y_pred)
 
     if TYPE_CHECKING:
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from torch_sce.crosscheck import batch, blocks, command, page, rules
 from torch_sce.crosscheck.answers import OracleError, ours
@@ -296,9 +297,11 @@ def test_what_looks_wrong_comes_before_an_outcome_that_is_not_green(run, tmp_pat
     assert out.index("Agrees in value") < out.index("Three results")
     text = report.read_text()
     kinds = re.findall(r'<p class="verdict (\w+)">(\w+)', text)
-    assert kinds == [("bad", "Looks"), ("plain", "Agrees")]
+    assert kinds == [("bad", "Looks"), ("plain", "torch_sce")]
     run((Y, Z), "--from-logits", "--html", str(report))
-    assert re.findall(r'<p class="verdict (\w+)">(\w+)', report.read_text()) == [("good", "Agrees")]
+    assert re.findall(r'<p class="verdict (\w+)">(\w+)', report.read_text()) == [
+        ("good", "torch_sce")
+    ]
 
 
 def test_backticks_are_code_in_the_report(run, tmp_path):
@@ -322,6 +325,15 @@ def test_two_large_opposite_changes_are_not_sold_as_the_largest_part(run):
                  "mean_with_sample_weight")  # fmt: skip
     assert "The rules sample_weight (+" in out and ") and denominator (-" in out
     assert "work against each other" in out and "The largest part" not in out
+
+
+def test_a_number_that_says_little_is_said_to(run):
+    rows, labels = torch.tensor(Z).flatten(0, -2), torch.tensor(Y).flatten()
+    loss = f"{torch.nn.functional.cross_entropy(rows, labels).item():.1g}"
+    _, out = run((Y, Z), "--from-logits", "--got", loss)
+    assert "So would many other values: pass more digits to be sure." in " ".join(out.split())
+    _, out = run((Y, Z), "--from-logits", "--got", "nan")
+    assert "Look for a division by 0" in out and "nearest" not in out
 
 
 def test_json_has_what_is_shown(run, tmp_path):

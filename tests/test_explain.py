@@ -256,6 +256,7 @@ def test_under_a_transform_it_says_so():
 @pytest.mark.parametrize(("loss", "got"), [
     (SparseCategoricalCrossentropy, "the class itself: make one"),
     (SparseCategoricalCrossentropy().as_criterion(), r"pass its \.loss"),
+    (torch_sce.keras2.SparseCategoricalCrossentropy(), "which has the rules of Keras 2"),
 ])  # fmt: skip
 def test_what_is_no_loss_is_named(loss, got):
     with pytest.raises(TypeError, match=f"loss must be a torch_sce.* got .*{got}"):
@@ -469,6 +470,7 @@ ONE_HOT = torch.nn.functional.one_hot(LABELS, 10)
 WITH_NAN = LOGITS.clone().index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(torch.nan))
 BATCH_OF_SEQUENCES = SEQUENCES.argmax(1)
 
+MOVED = torch.randint(10, (64,), generator=torch.Generator().manual_seed(0))
 PLANTED = {
     "logits passed as probabilities": (
         SparseCategoricalCrossentropy(), LABELS, LOGITS, {},
@@ -503,6 +505,9 @@ PLANTED = {
     "weights whose mean is far from 1": (
         logits_loss(), LABELS, LOGITS, {"sample_weight": 1e-3 + 1e-2 * torch.rand(64)},
         "mean weight of the 64 positions that count is 0.00"),
+    "labels moved by one position": (
+        logits_loss(), MOVED.roll(1), 8 * torch.nn.functional.one_hot(MOVED, 10).float(), {},
+        r"worse than guessing, log 10 = 2\.3, and with the label of the position after each one "),
     "classes on another axis": (
         logits_loss(), BATCH_OF_SEQUENCES, 5 * SEQUENCES, {}, "fit axis 1 far better.* axis=1"),
     "many classes in probability mode": (
@@ -630,6 +635,11 @@ def test_weights_of_0_and_1_are_told_from_a_mask():
 
 
 QUIET = {
+    "labels that fit no better when moved": (
+        logits_loss(), MOVED.roll(7), 8 * torch.nn.functional.one_hot(MOVED, 10).float(), {}),
+    "few labels, moved": (
+        logits_loss(), MOVED[:16].roll(1),
+        8 * torch.nn.functional.one_hot(MOVED[:16], 10).float(), {}),
     "labels fit both axes alike": (
         logits_loss(), torch.arange(20).repeat(4, 1), 8 * torch.eye(20).repeat(4, 1, 1), {}),
     "few positions by chance on another axis": (

@@ -400,9 +400,10 @@ class TestTheMetrics:
     def test_it_compiles_and_has_its_options_in_its_config(self, cls):
         torch.compiler.reset()
         metric, other = cls(name="a"), cls(name="a")
+        compiled = torch.compile(other.update_state, fullgraph=True, backend="eager")
         for y, p in updates(cls):
             metric.update_state(y, p)
-            torch.compile(other.update_state, fullgraph=True, backend="eager")(y, p)
+            compiled(y, p)
         torch.testing.assert_close(metric.result(), other.result())
         again = cls.from_config(metric.get_config())
         assert repr(again) == repr(metric) == f"{cls.__name__}(name='a')"

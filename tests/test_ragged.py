@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from ulps import ulps
 
+import torch_sce
 from torch_sce import (
     CategoricalCrossentropy,
     LinearSparseCategoricalCrossentropy,
@@ -250,6 +251,29 @@ class TestKinds:
             else:
                 assert [len(x) for x in found] == list(LENGTHS)
 
+    def test_lists_of_other_dtypes_are_not_rounded(self):
+        big = 2**24 + 1
+        y = [torch.tensor([1, big, 0]), torch.tensor([0.0])]
+        z = [torch.zeros(3, 2), torch.zeros(1, 2)]
+        loss = SparseCategoricalCrossentropy(True, ignore_class=big, reduction="none")
+        assert next(iter(loss(y, z)))[1] == 0
+        y[1] = torch.tensor([1], dtype=torch.uint16)
+        assert next(iter(loss(y, z)))[1] == 0
+
+    @pytest.mark.parametrize("module", [torch_sce, keras2])
+    def test_lists_of_numbers_are_float32_whatever_their_lengths(self, module):
+        for z in ([[[0.0, 1]], [[0.0, 1]]], [[[0.0, 1], [0, 1]], [[0.0, 1]]]):
+            y = [[0] * len(row) for row in z]
+            losses = module.sparse_categorical_crossentropy(y, z, True)
+            assert all(x.dtype == torch.float32 for x in losses)
+
+    @EVERY_WAY
+    def test_keras2_has_the_same_bits_in_every_layout(self, way):
+        problem = Problem()
+        loss = keras2.SparseCategoricalCrossentropy(True)
+        want, found = (problem.result(loss, each, problem.w) for each in (listed, way))
+        assert all(np.array_equal(a, b) for a, b in zip(want, found, strict=True))
+
     def test_a_tuple_comes_back_as_a_tuple(self):
         z, y = torch.randn(10, 5), torch.randint(5, (10,))
         found = sparse_categorical_crossentropy(listed(y), tuple(listed(z)), True)
@@ -425,6 +449,17 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"got .* lengths \[3, 1, 4, 1, 1\]"):
             self.loss(**given)
 
+    def test_values_before_the_first_example(self):
+        def gap(x):
+            return torch.nested.nested_tensor_from_jagged(x, torch.tensor([1, 3, 10]))
+
+        with pytest.raises(ValueError, match="without gaps between its examples"):
+            self.loss(gap(Y), gap(Z))
+
+    def test_a_shape_has_no_lengths(self):
+        with pytest.raises(ValueError, match=r"y_pred must be a nested tensor, too, got a shape"):
+            SparseCategoricalCrossentropy(True).denominator(jagged(Y), jagged(Z).shape)
+
     @EVERY_WAY
     def test_long_lists_of_lengths_are_cut(self, way):
         y, z = Y.repeat(2), Z.repeat(2, 1)
@@ -580,6 +615,17 @@ class TestCompiler:
         loss = SparseCategoricalCrossentropy(True)
         compiled = torch.compile(loss, fullgraph=True, backend="eager")
         assert compiled(way(Y), way(Z)) > 0 and compiled(way(Y, OTHER), way(Z)).isnan()
+
+    @pytest.mark.parametrize("module", [metrics, keras2.metrics])
+    @pytest.mark.parametrize("name", ["SparseCategoricalAccuracy", "TopKCategoricalAccuracy"])
+    def test_metrics_of_lengths_that_differ_are_nan(self, module, name):
+        metric = getattr(module, name)()
+        compiled = torch.compile(metric.update_state, fullgraph=True, backend="eager")
+        y = Y if name.startswith("Sparse") else torch.nn.functional.one_hot(Y, 5)
+        compiled(jagged(y), jagged(Z))
+        assert not metric.result().isnan()
+        compiled(jagged(y, OTHER), jagged(Z))
+        assert metric.result().isnan()
 
 
 KERAS = """

@@ -313,6 +313,8 @@ def of_shape(name: str, x: Any, like: ArrayLike) -> ArrayLike:
     """x, or a tensor of this shape that has no memory, on the device of `like`."""
     if not isinstance(x, tuple) or not all(isinstance(n, (int, torch.SymInt)) for n in x):
         return x
+    if isinstance(like, Tensor) and like.is_nested:
+        raise ValueError(f"{name} must be a nested tensor, too, got a shape, which has no lengths")
     if any(n < 0 for n in x):
         raise ValueError(f"{name} must be a tensor or a shape, of sizes from 0 on, got {x}")
     shaped = torch.empty((), device=device_of(like)).expand(list(x))

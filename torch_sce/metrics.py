@@ -183,8 +183,11 @@ class _Mean(Metric):
         """Adds a batch: `update_state` with predictions first, as torchmetrics has it."""
         with torch.no_grad():
             axis = self.options.get("axis", self._class_axis)
-            target, preds, *weights, _ = packed(target, preds, sample_weight, mask, axis)
-            total, count = self._sums(target, to_tensor("y_pred", preds), *weights)
+            given = packed(target, preds, sample_weight, mask, axis)
+            preds = to_tensor("y_pred", given.y_pred)
+            total, count = self._sums(given.y_true, preds, given.sample_weight, given.mask)
+            if given.fits is not None:
+                total = torch.where(given.fits, total, torch.nan)
             setattr(self, self._names[0], self.total + total)
             setattr(self, self._names[1], self.count + count)
 

@@ -43,6 +43,7 @@ class Packed(NamedTuple):
     sample_weight: ArrayLike | None
     mask: ArrayLike | None
     order: Tensor | None = None  # (N,) lists the positions example by example; None: as they are
+    fits: Tensor | None = None  # whether all lengths agree, where it cannot be read
 
 
 class _Layout(NamedTuple):
@@ -91,15 +92,25 @@ def packed(
             if _layout(value) is not None:
                 raise _mismatch(other, value, name, y_pred)
         return Packed(y_true, y_pred, sample_weight, mask)
-    z = _Predictions(name, y_pred, layout, _values(name, y_pred))
+    rows = _values(name, y_pred)
+    items: Any = y_pred if layout.kind == LIST else (y_pred,)
+    if all(isinstance(item, (list, tuple)) for item in items):
+        rows = rows.float()  # as a dense list of numbers
+    z = _Predictions(name, y_pred, layout, rows)
     if axis is not None:
         _require_classes_last(z, axis)
     order = None
     if layout.kind == PACKED:
         example, step = _coordinates(y_pred, len(z.rows))
         order = (example * len(layout.parts[0]) + step).argsort()
-    beside = {other: _beside(z, other, value) for other, value in others.items()}
-    return Packed(**beside, y_pred=z.rows, order=order)
+    found = {other: _beside(z, other, value) for other, value in others.items()}
+    fits = [agrees for _, agrees in found.values() if isinstance(agrees, Tensor)]
+    return Packed(
+        **{other: value for other, (value, _) in found.items()},
+        y_pred=z.rows,
+        order=order,
+        fits=torch.stack(fits).all() if fits else None,
+    )
 
 
 def restored(losses: Tensor, y_pred: ArrayLike) -> Any:
@@ -162,8 +173,7 @@ def _values(name: str, x: Any, like: Tensor | None = None) -> Tensor:
         values = x.values()
         _require_packed(name, x, values)
         return values
-    if like is None:
-        like = next((item for item in x if isinstance(item, Tensor)), None)
+    like = _first_tensor(x) if like is None else like
     items = [to_tensor(f"{name}[{i}]", item, like) for i, item in enumerate(x)]
     shapes = [tuple(item.shape) for item in items]
     if len({shape[1:] for shape in shapes}) > 1:
@@ -171,7 +181,17 @@ def _values(name: str, x: Any, like: Tensor | None = None) -> Tensor:
             f"{name} must hold tensors whose shapes differ in the first axis only, got "
             f"{_shown(shapes)}"
         )
+    if len({item.dtype for item in items}) > 1:  # PyTorch would round large integers
+        wide = any(item.is_floating_point() for item in items)
+        items = [item.to(float64_on(item.device) if wide else torch.int64) for item in items]
     return torch.cat(items)
+
+
+def _first_tensor(x: Any) -> Tensor | None:
+    for item in x:  # not by `next`, which PyTorch 2.6 does not compile
+        if isinstance(item, Tensor):
+            return item
+    return None
 
 
 def _require_packed(name: str, x: Any, values: Tensor) -> None:
@@ -183,7 +203,7 @@ def _require_packed(name: str, x: Any, values: Tensor) -> None:
             f"{tuple(x.shape)}: pass {name}.transpose(1, {axis})"
         )
     is_read = offsets.device.type == "cpu" and are_plain(offsets)
-    if x.lengths() is not None or (is_read and offsets[-1] != len(values)):
+    if x.lengths() is not None or (is_read and (offsets[0] != 0 or offsets[-1] != len(values))):
         raise ValueError(
             f"{name} must be a nested tensor without gaps between its examples: pass "
             f"{name}.unbind(), and the other arguments as lists"
@@ -201,21 +221,21 @@ def _require_classes_last(z: _Predictions, axis: int) -> None:
         raise ValueError(f"axis must be -1 for examples of different lengths, got {axis}")
 
 
-def _beside(z: _Predictions, name: str, value: Any) -> Any:
-    """The argument called `name`, packed as the predictions are."""
+def _beside(z: _Predictions, name: str, value: Any) -> tuple[Any, bool | Tensor]:
+    """The argument called `name`, packed as the predictions are, and whether its lengths agree."""
     if value is None:
-        return None
+        return None, True
     own = _layout(value, z.layout.kind == LIST)
     agrees = False if own is None else _agree(own, z.layout)
     if agrees is False and name != "y_true" and _layout(value) is None:
-        return _spread(z, name, value)
+        return _spread(z, name, value), True
     found = None if agrees is False else _values(name, value, z.rows)
     if found is None or len(found) != len(z.rows):
         raise _mismatch(name, value, z.name, z.given)
     if not isinstance(agrees, Tensor):
-        return found
+        return found, True
     wide = found if found.is_floating_point() else found.to(float64_on(found.device))
-    return torch.where(agrees, wide, torch.nan)
+    return torch.where(agrees, wide, torch.nan), agrees
 
 
 def _agree(a: _Layout, b: _Layout) -> bool | Tensor:
@@ -280,7 +300,8 @@ def _coordinates(x: Any, positions: int) -> tuple[Tensor, Tensor]:
         return example if x.sorted_indices is None else x.sorted_indices[example], step
     if isinstance(x, Tensor):
         return _runs(_offsets(x).diff(), positions)
-    device = next((item.device for item in x if isinstance(item, Tensor)), None)
+    first = _first_tensor(x)
+    device = None if first is None else first.device
     return _runs(torch.tensor([len(item) for item in x], device=device), positions)
 
 

@@ -88,7 +88,9 @@ def prepare(
         ValueError, TypeError: as the loss says.
     """
     as_given = y_pred
-    y_true, y_pred, sample_weight, mask, order = packed(y_true, y_pred, sample_weight, mask, axis)
+    y_true, y_pred, sample_weight, mask, order, _ = packed(
+        y_true, y_pred, sample_weight, mask, axis
+    )
     y_pred = predictions(y_pred, dtype)
     given = to_tensor("y_true", y_true, y_pred)
     axis = class_axis(axis, y_pred)
@@ -129,7 +131,9 @@ def prepare_targets(
 
     The class weight of a position is that of its largest target, as in Keras's `fit`.
     """
-    y_true, y_pred, sample_weight, mask, order = packed(y_true, y_pred, sample_weight, mask, axis)
+    y_true, y_pred, sample_weight, mask, order, _ = packed(
+        y_true, y_pred, sample_weight, mask, axis
+    )
     y_pred = predictions(y_pred, dtype)
     t = to_tensor("y_true", y_true, y_pred)
     if matches_ranks:

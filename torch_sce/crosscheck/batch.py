@@ -329,6 +329,7 @@ def _numbers(value: float | None, length: float | None, off: float | None) -> li
     return [f"{value:.9g}", f"{length:.4g}", f"{off:.2g}"]
 
 
+VERY_FEW_DIGITS = 3
 STYLES = {"bad": "red", "good": "green", "got": "bold", "plain": ""}
 
 
@@ -342,7 +343,7 @@ def _first(found: Found) -> list[tuple[str, str]]:
         said.append(("got", _of_got(found.got, found.searched)))
     is_bad = found.verdict.outcome == MISMATCH
     kind = "bad" if is_bad else "plain" if found.looks_wrong else "good"
-    return [*said, (kind, report.outcome(found.verdict))]
+    return [*said, (kind, f"torch_sce and tf.keras: {report.outcome(found.verdict)}")]
 
 
 def _of_got(number: Number, searched: Search) -> str:
@@ -350,8 +351,12 @@ def _of_got(number: Number, searched: Search) -> str:
     matches, nearest = searched.matches, searched.nearest
     if not matches:
         near = f" The nearest single one: code that {nearest}." if nearest else ""
+        if not math.isfinite(number.value):
+            near = " Look for a division by 0 or a logarithm of 0 in code that is not tried here."
         return f"{number.text}: none of {searched.tried} mistakes and combinations gives it.{near}"
     said = [f"{number.text} fits code that {matches[0]}."]
+    if number.digits < VERY_FEW_DIGITS and not searched.by_chance:
+        said.append("So would many other values: pass more digits to be sure.")
     said += [f"Or code that {match}." for match in matches[1:SHOWN]]
     if len(matches) > SHOWN:
         said.append(f"And {len(matches) - SHOWN} more.")

@@ -15,7 +15,7 @@ So the contributions add up to the result. The factor is made of the weight and 
 import dataclasses
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -108,7 +108,8 @@ def explain(
     name = "hidden" if is_linear else "y_pred"
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         try:
-            *given, _ = packed(y_true, y_pred, sample_weight, mask, getattr(loss, "axis", -1), name)
+            axis = getattr(loss, "axis", -1)
+            given = packed(y_true, y_pred, sample_weight, mask, axis, name)[:4]
         except ValueError as error:
             return _unreadable(loss, "arguments that do not fit", error)
         arguments = tuple(map(_on_host, ("y_true", name, "sample_weight", "mask"), given))
@@ -293,13 +294,15 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _require_loss(loss: Any) -> None:
-    if isinstance(loss, WithOptions):
+    if isinstance(loss, (*get_args(Loss), LinearSparseCategoricalCrossentropy)):
         return
     kind = loss if isinstance(loss, type) else type(loss)
     got = f"{kind.__module__}.{kind.__qualname__}"
     hint = ", the class itself: make one" if isinstance(loss, type) else ""
     if isinstance(getattr(loss, "loss", None), Loss):
         hint = ": pass its .loss"
+    if isinstance(loss, WithOptions):
+        hint = ", which has the rules of Keras 2"
     raise TypeError(
         "loss must be a torch_sce.SparseCategoricalCrossentropy, CategoricalCrossentropy or "
         f"LinearSparseCategoricalCrossentropy, got {got}{hint}"

@@ -21,6 +21,7 @@ from .batch import FEW, Batch, Finding
 IGNORE_VALUES = (-1, -100, 255)  # of Keras and NumPy, of PyTorch, of segmentation maps
 FAR, TOO_FAR = 3.0, 10.0  # a mean weight this far from 1 is not by chance; a mistake
 CONFIDENT = 0.999
+MANY = 32  # labels: fewer may fit another order by chance
 OFF = 2e-2  # sums of probabilities that bfloat16 has rounded stay nearer to 1 than this
 
 
@@ -427,6 +428,26 @@ def _targets(batch: Batch) -> Iterator[Finding]:
     )
 
 
+def _labels_moved(batch: Batch) -> Iterator[Finding]:
+    y, rows = _known(batch), batch.rows
+    if y is None or len(y) < MANY or (y < 0).any() or not rows.isfinite().all():
+        return
+    sparse = SparseCategoricalCrossentropy(batch.loss.from_logits)
+    value, guessing = sparse(y, rows).item(), math.log(batch.classes)
+    moved = {by: sparse(y.roll(-by), rows).item() for by in (1, -1)}
+    by = min(moved, key=lambda by: moved[by])
+    if value > guessing and moved[by] < min(value, guessing) / 2:
+        where = "after" if by == 1 else "before"
+        yield Finding(
+            "labels moved by one position",
+            f"the mean of the losses, {value:.6g}, is worse than guessing, log {batch.classes} = "
+            f"{guessing:.3g}, and with the label of the position {where} each one it is "
+            f"{moved[by]:.6g}.",
+            "A model of sequences predicts the next label: compare y_pred[:, :-1] with "
+            "y_true[:, 1:]. Or labels and inputs were read in different orders.",
+        )
+
+
 def _known(batch: Batch) -> Tensor | None:
     """Class numbers, -1 for a label outside [0, C)."""
     if batch.targets is not None:
@@ -474,4 +495,5 @@ CHECKS: tuple[Callable[[Batch], Iterator[Finding]], ...] = (
     _mask,
     _targets,
     _many_classes,
+    _labels_moved,
 )

@@ -65,7 +65,10 @@ class _Loss(WithOptions):
         dense = packed(y_true, y_pred, sample_weight, mask, axis)
         z = floats(dense.y_pred)
         samples = self._prepare(dense.y_true, z, dense.sample_weight, dense.mask)
-        value = reduce(self._losses(samples), samples.weight, samples.mask, self.reduction)
+        parts = (self._losses(samples), samples.weight, samples.mask)
+        if self.reduction != "none":
+            parts = samples._replace(order=dense.order).reducible(parts[0])
+        value = reduce(*parts, self.reduction)
         return restored(value.to(z.dtype), y_pred)
 
     if TYPE_CHECKING:

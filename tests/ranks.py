@@ -100,8 +100,8 @@ def check_means():
         mine: list[Any] = [None if x is None else x[part] for x in given]
         whole = None if loss.reduction == "sum" else loss.denominator(*given)
         try:
-            # With the denominator as a part of the loss, then as a constant.
-            for constant in (False,) if whole is None else (False, True):
+            # With the denominator as a part of the loss; of some cases then as a constant, too.
+            for constant in (False, True) if whole is not None and number % 3 == 0 else (False,):
                 loss.process_group = None
                 want, slopes = value_and_gradients(loss, *given, n=whole if constant else None)
                 loss.process_group = True

@@ -430,7 +430,7 @@ def test_no_row_depends_on_another(model, channels_first):
     z, y, g = large(model, channels_first=channels_first)
     y[5] = IGNORED
     before = loss_and_gradient(z, y, g, model)
-    for number, outlier in enumerate(OUTLIERS):
+    for number, outlier in enumerate(OUTLIERS[1::3] if INTERPRETED else OUTLIERS):
         changed, label = z.clone(), y.clone()
         changed[2, 3], changed[3] = outlier, outlier
         label[4] = (IGNORED, -1, 0)[number % 3]

@@ -318,11 +318,9 @@ def of_shape(name: str, x: Any, like: ArrayLike) -> ArrayLike:
     if any(n < 0 for n in x):
         raise ValueError(f"{name} must be a tensor or a shape, of sizes from 0 on, got {x}")
     shaped = torch.empty((), device=device_of(like)).expand(list(x))
-    if not is_dtensor(like):
-        return shaped
-    from .kernels import dtensors  # imported here: few need it, and it is slow
-
-    return dtensors.replicated(shaped, like)
+    if isinstance(like, Tensor) and is_dtensor(like):
+        return to_tensor(name, shaped, like)
+    return shaped
 
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:

@@ -135,12 +135,6 @@ def losses_of(part: Tensor, z: Any) -> Tensor:
     return DTensor.from_local(part, z.device_mesh, _of_rows(z), shape=shape, stride=stride)
 
 
-def replicated(x: Tensor, like: Any) -> Tensor:
-    """x, which is the same on all ranks, on the mesh of `like`."""
-    mesh = like.device_mesh
-    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
 def _whole(part: Tensor, like: Any) -> Tensor:
     shape, stride = like.shape, like.stride()
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=shape, stride=stride)

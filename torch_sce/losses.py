@@ -18,7 +18,7 @@ from .distributed import (
     reduced,
     unchanged,
 )
-from .kernels import row_losses, target_losses
+from .kernels import row_losses, sum_of_losses, target_losses
 from .kernels.shards import Slice, shard_losses
 from .options import (
     MEANS,
@@ -36,7 +36,7 @@ from .options import (
     typed_as,
 )
 from .ragged import restored
-from .reduction import reduce
+from .reduction import divisor_of, reduce
 from .samples import Samples, class_axis, parse_class_weight, prepare, prepare_targets
 
 
@@ -102,9 +102,10 @@ class _Loss(WithOptions):
                 weight that would enlarge the loss), an axis out of range, a label out of range.
             TypeError: strings, complex numbers; other arguments, with ours for PyTorch's names.
         """
-        if self.process_group is None and denominator is None:
-            parts = self._unreduced(y_true, y_pred, sample_weight, mask, others, None)
-            value = reduce(*parts[:3], self.reduction).to(self.dtype)
+        if self.process_group is None and denominator is None and not others:
+            samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
+            value = self._reduced(samples)
+            value = value if value.dtype == self.dtype else value.to(self.dtype)
         else:
             compute = partial(self._unreduced, y_true, y_pred, sample_weight, mask, others)
             value = reduced(self, compute, y_pred, denominator)
@@ -127,10 +128,18 @@ class _Loss(WithOptions):
         if others:
             raise self._unexpected(others)
         samples = self._prepare(y_true, y_pred, sample_weight, mask, self.dtype)
+        return *self._summands(samples), unchanged
+
+    def _summands(self, samples: Samples) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Losses, weight and mask, as `reduce` takes them."""
         losses = self._losses(samples)
         if self.reduction in ("none", None):
-            return losses, samples.weight, samples.mask, unchanged
-        return *samples.reducible(losses), unchanged
+            return losses, samples.weight, samples.mask
+        return samples.reducible(losses)
+
+    def _reduced(self, samples: Samples) -> Tensor:
+        """The value of these samples alone."""
+        return reduce(*self._summands(samples), self.reduction)
 
     def denominator(
         self,
@@ -321,8 +330,9 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         dtype: torch.dtype | None,
         counts_only: bool = False,
     ) -> Samples:
-        has_slice = counts_only and self.class_group is not None  # whatever its size
-        shard = None if has_slice else self._slice(y_pred, self.axis)
+        is_whole = self.class_group is None
+        has_slice = counts_only and not is_whole  # whatever its size
+        shard = None if is_whole or counts_only else self._slice(y_pred, self.axis)
         return prepare(
             y_true,
             y_pred,
@@ -343,6 +353,13 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         if shard is not None:
             return shard_losses(z, y, counted, clip, shard)
         return row_losses(z, y, counted, clip, samples.in_range, self.label_smoothing)
+
+    def _reduced(self, samples: Samples) -> Tensor:
+        z, y, clip, order = samples.z, samples.y, samples.clip, samples.order
+        is_bare = samples.in_range and samples.weight is samples.mask is self.class_group is None
+        if not is_bare or self.label_smoothing or self.reduction in ("none", None):
+            return super()._reduced(samples)
+        return sum_of_losses(z, y, clip, divisor_of(y.numel(), self.reduction), order)
 
     def _slice(self, y_pred: ArrayLike, axis: int) -> Slice | None:
         """Which classes this rank has."""

@@ -45,10 +45,18 @@ def reduce(
     if reduction in ("none", None):
         return weighted(losses, sample_weight, mask, reduction)
     if reduction == "sum" or (mask is None and reduction in MEANS):  # divided by a number
-        count = 1 if reduction == "sum" else max(losses.numel(), 1)
-        return weighted(losses, sample_weight, mask, reduction).sum() / count
+        divisor = divisor_of(losses.numel(), reduction)
+        return weighted(losses, sample_weight, mask, reduction).sum() / divisor
     parts = numerator_and_denominator(losses, sample_weight, mask, reduction)
     return quotient(*parts, reduction)
+
+
+def divisor_of(losses: int, reduction: str | None) -> int:
+    """The number that the sum of so many losses is divided by, of which none has a mask.
+
+    Weights are not in it: with "mean_with_sample_weight" it is that of losses without them.
+    """
+    return 1 if reduction == "sum" else max(losses, 1)
 
 
 def weighted(

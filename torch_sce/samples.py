@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .arrays import HALVES, ArrayLike, float64_on, floats, to_tensor
 from .kernels import Clip, are_plain, whole_rows
+from .kernels.cpu import are_classes
 from .options import FLOATS
 from .ragged import packed, place_of
 
@@ -87,6 +88,13 @@ def prepare(
     Raises:
         ValueError, TypeError: as the loss says.
     """
+    if sample_weight is mask is ignore_class is class_weight is classes is None and checks_labels:
+        ready = _as_given(y_true, y_pred, axis, dtype)
+        if ready is not None:
+            y, z = ready
+            require_classes(y, y, None, z.shape[-1], z.ndim - 1, z)
+            clip = None if from_logits else CLIP[dtype or z.dtype]
+            return Samples(z, y, None, None, None, None, clip, True)
     as_given = y_pred
     y_true, y_pred, sample_weight, mask, order, _ = packed(
         y_true, y_pred, sample_weight, mask, axis
@@ -112,6 +120,29 @@ def prepare(
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z = _classes_last(y_pred, axis)
     return Samples(z, y, counted, kept, weight, mask, clip, in_range, order)
+
+
+def _as_given(
+    y_true: ArrayLike, y_pred: ArrayLike, axis: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor] | None:
+    """Labels and predictions, if they are what the kernels take, whose values can be read.
+
+    In most calls they are, and there is nothing to convert.
+    """
+    if not (isinstance(y_true, Tensor) and isinstance(y_pred, Tensor)):
+        return None
+    if y_true.is_nested or y_pred.is_nested or not values_can_be_read(y_true, y_pred):
+        return None
+    shape, kind = y_pred.shape, y_pred.dtype
+    are_ready = (
+        y_true.dtype == torch.int64
+        and kind in FLOATS
+        and (kind == dtype or kind == dtype_of_predictions(kind, dtype))
+        and (axis == -1 or axis == len(shape) - 1)
+        and y_true.shape == shape[:-1] != shape
+        and 0 not in shape
+    )
+    return (y_true, y_pred) if are_ready else None
 
 
 def prepare_targets(
@@ -312,10 +343,7 @@ def require_classes(
 
     `y_pred` as it was given says where a label is.
     """
-    if y.numel() == 0:
-        return
-    low, high = y.aminmax()
-    if low.item() >= 0 and high.item() < C:
+    if are_classes(y, C):
         return
     found = ((y < 0) | (y >= C)).nonzero()
     index = tuple(found[0].tolist())
@@ -387,8 +415,10 @@ def times(weight: Tensor | None, other: Tensor) -> Tensor:
 
 def values_can_be_read(*tensors: Tensor | None) -> bool:
     """Whether reading values needs no host synchronisation and breaks no graph."""
-    here = all(x is None or x.device.type == "cpu" for x in tensors)
-    return here and are_plain(*tensors)
+    for x in tensors:
+        if x is not None and not x.is_cpu:
+            return False
+    return are_plain(*tensors)
 
 
 def _label_hint(label: float, used: Tensor, C: int) -> str:

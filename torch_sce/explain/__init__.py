@@ -29,7 +29,7 @@ from ..linear import LinearSparseCategoricalCrossentropy, _head, _logits, _optio
 from ..losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from ..options import MEANS, WithOptions
 from ..ragged import packed
-from ..reduction import is_scalar, numerator_and_denominator, reduce, weighted
+from ..reduction import is_scalar, numerator_and_denominator, weighted
 from ..samples import CLIP, class_numbers
 from .batch import Batch, Finding, Loss, batch_of, in_words
 from .checks import findings
@@ -176,7 +176,7 @@ def _explained(loss: Loss, arguments: tuple[Any, Any, Any, Any]) -> Explanation:
         return Explanation(loss, error=message, findings=found, arguments=about)
     assert batch is not None  # the loss has read it
     given = (losses, samples.weight, samples.mask, loss.reduction)
-    value = reduce(*given).to(loss.dtype)
+    value = plain._reduced(samples).to(loss.dtype)
     values = weighted(*given).double()
     numerator = denominator = None
     if loss.reduction not in ("none", None):

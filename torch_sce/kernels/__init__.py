@@ -39,6 +39,7 @@ __all__ = [
     "needs_definition",
     "require_first_derivative",
     "row_losses",
+    "sum_of_losses",
     "takes_operators",
     "target_kernels",
     "target_losses",
@@ -82,6 +83,20 @@ def row_losses(
     elif y.ndim > 1 and z.is_contiguous():
         z, y, counted = z.flatten(0, -2), y.flatten(), _over(Tensor.flatten, counted)
     return _RowLosses.apply(z, y, counted, clip, in_range, kernels).view(shape)
+
+
+def sum_of_losses(
+    z: Tensor, y: Tensor, clip: Clip, divisor: float, order: Tensor | None = None
+) -> Tensor:
+    """The sum of the losses of all rows over a number: `row_losses(...).sum() / divisor`.
+
+    All labels are in [0, C). They have been read, so that no mode or transform is active.
+    `order`, (rows,), is that in which the losses are added up, which decides the last bits.
+    """
+    if native and z.is_cpu and _is_plain(z) and not _is_dual(z):
+        return _apply_sum(z, y, clip, divisor, order)
+    losses = row_losses(z, y, None, clip, in_range=True)
+    return (losses if order is None else losses[order]).sum() / divisor
 
 
 def target_losses(
@@ -135,10 +150,7 @@ def takes_operators(*tensors: Tensor | None) -> bool:
 
 def needs_definition(*tensors: Tensor | None) -> bool:
     """Whether the definitions are used: in compiled graphs, and for forward derivatives."""
-    return not are_plain(*tensors) or (
-        modes.forward_derivatives_active()
-        and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-    )
+    return not are_plain(*tensors) or any(x is not None and _is_dual(x) for x in tensors)
 
 
 def whole_rows(z: Tensor) -> Tensor:
@@ -195,6 +207,32 @@ class _RowLosses(torch.autograd.Function):
         else:
             dz = ctx.kernels.backward(g, z, y, counted, *ctx.options, tuple(saved))
         return dz, None, None, None, None, None
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """The sum of the losses of rows over a number, by the CPU's kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, y: Tensor, clip: Clip, divisor: float, order: Tensor | None
+    ) -> Tensor:
+        ctx.options = clip, divisor
+        value, (saved,) = cpu.forward_sum(z, y, clip, divisor, order)
+        ctx.save_for_backward(z, y, saved)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (z, y, saved), (clip, divisor) = upstream, ctx.saved_tensors, ctx.options
+        if torch.is_grad_enabled() or not are_plain(g):
+            g = (g / divisor).expand(y.shape)
+            dz = _differentiable_gradients(g, z, y, None, clip)
+        else:
+            dz = cpu.backward(g, z, y, None, clip, True, (saved,), divisor=divisor)
+        return dz, None, None, None, None
+
+
+_apply_sum = modes.apply_of(_SumOfLosses)
 
 
 class _TargetLosses(torch.autograd.Function):
@@ -266,7 +304,12 @@ def are_plain(*tensors: Tensor | None) -> bool:
     All other tensors use PyTorch's operations: a subclass defines what each of them does, and a
     mode or a transform sees only them.
     """
-    return not is_traced() and all(x is None or _is_plain(x) for x in tensors)
+    if is_traced():
+        return False
+    for x in tensors:  # noqa: SIM110  all() of a generator takes twice as long, in every call
+        if x is not None and not _is_plain(x):
+            return False
+    return True
 
 
 def is_traced() -> bool:
@@ -277,6 +320,10 @@ def is_traced() -> bool:
         or modes.dispatch_modes_active()
         or modes.is_jit_tracing()
     )
+
+
+def _is_dual(x: Tensor) -> bool:
+    return modes.forward_derivatives_active() and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _is_plain(x: Tensor) -> bool:

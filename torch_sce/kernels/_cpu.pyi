@@ -1,16 +1,16 @@
 """The extension that cpu.c is compiled to."""
 
-from .cpu import Plan
-
+def are_classes(y: int, n: int, classes: int, /) -> bool: ...
 def prefer_huge_pages(address: int, bytes: int) -> None: ...
 def run(
     backward: bool,
     threads: int,
-    plan: Plan,
+    plan: bytes,
     addresses: tuple[int, ...],
     g_step: int,
     clip: tuple[float, float] | None,
     smoothing: float,
+    divisor: float,
     /,
 ) -> int: ...
 def set_threads(torch_parallel_for: int, gomp_parallel: int, /) -> None: ...

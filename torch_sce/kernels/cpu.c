@@ -88,6 +88,9 @@ typedef struct Job {
     const void *g;
     int64_t g_step;     /* 0 if all rows have the same */
     void *loss, *saved; /* (rows), and (2, rows) or (3, rows) */
+    void *value;        /* the sum of the losses over `divisor`; NULL: not there */
+    double divisor;     /* of the one g of all rows, too */
+    const int64_t *order; /* in which losses are added up; NULL: as they are */
     double *parts;      /* m, r and p of each segment of each row, or NULL */
 } Job;
 
@@ -442,44 +445,23 @@ static void prefer_huge_pages(void *data, int64_t bytes)
 
 /* ---- Python -------------------------------------------------------------------------------- */
 
-/* Up to `most` integers of a tuple; returns how many, or -1 with an exception set. */
-static int parse_integers(PyObject *tuple, int most, int64_t *values)
+/* Reads what `_plan` of cpu.py has written. */
+static void read_plan(Job *job, const int64_t *plan)
 {
-    Py_ssize_t n = PyTuple_Size(tuple);
-    if (n > most)
-        PyErr_SetString(PyExc_ValueError, "too many axes");
-    for (Py_ssize_t i = 0; i < n && n <= most; i++)
-        values[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
-    return PyErr_Occurred() ? -1 : (int)n;
-}
-
-/* What `_plan` of cpu.py returns. */
-static bool parse_plan(Job *job, PyObject *plan)
-{
-    long long classes;
-    PyObject *sizes, *row_steps, *tensors[TENSORS], *steps;
-    if (!PyArg_ParseTuple(plan, "LO!O!(OOOO)", &classes, &PyTuple_Type, &sizes, &PyTuple_Type,
-                          &row_steps, &tensors[Z], &tensors[T], &tensors[DZ], &tensors[DT]))
-        return false;
-    job->classes = classes;
-    job->axes = parse_integers(sizes, AXES, job->size);
-    if (job->axes < 1 || parse_integers(row_steps, AXES, job->row_step) != job->axes)
-        return false;
+    job->classes = *plan++;
+    job->axes = (int)*plan++;
+    size_t size = (size_t)job->axes * sizeof *plan;
+    memcpy(job->size, plan, size);
+    memcpy(job->row_step, plan += job->axes, size);
     for (int a = 0; a < job->axes; a++)
         job->rows *= job->size[a];
+    plan += job->axes;
     for (int x = 0; x < TENSORS; x++) {
-        int64_t found[AXES + 1];
-        int kind;
-        if (tensors[x] == Py_None)
-            continue;
-        if (!PyArg_ParseTuple(tensors[x], "iO!", &kind, &PyTuple_Type, &steps)
-            || parse_integers(steps, AXES + 1, found) != job->axes + 1)
-            return false;
-        job->kind[x] = (Kind)kind;
-        job->class_step[x] = found[job->axes];
-        memcpy(job->step[x], found, sizeof job->step[x]);
+        job->kind[x] = (Kind)*plan++;
+        job->class_step[x] = *plan++;
+        memcpy(job->step[x], plan, size);
+        plan += job->axes;
     }
-    return true;
 }
 
 static PyObject *run_python(PyObject *self, PyObject *args)
@@ -491,14 +473,16 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     Job job = {.segments = 1, .rows = 1};
     int backward;
     long long threads, g_step;
-    PyObject *plan, *clip;
-    unsigned long long y, counted, g, loss, saved, data[TENSORS];
+    PyObject *clip;
+    const char *plan;
+    Py_ssize_t size;
+    unsigned long long y, counted, g, loss, saved, value, order, data[TENSORS];
     (void)self;
-    if (!PyArg_ParseTuple(args, "pLO!(KKKKKKKKK)LOd:run", &backward, &threads, &PyTuple_Type, &plan,
+    if (!PyArg_ParseTuple(args, "pLy#(KKKKKKKKKKK)LOdd:run", &backward, &threads, &plan, &size,
                           &data[Z], &data[T], &data[DZ], &data[DT], &y, &counted, &g, &loss, &saved,
-                          &g_step, &clip, &job.smoothing)
-        || !parse_plan(&job, plan))
+                          &value, &order, &g_step, &clip, &job.smoothing, &job.divisor))
         return NULL;
+    read_plan(&job, (const int64_t *)(const void *)plan);
     if (clip != Py_None) {
         job.probabilities = true;
         if (!PyArg_ParseTuple(clip, "dd", &job.low, &job.high))
@@ -510,11 +494,21 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     job.counted = (const bool *)(uintptr_t)counted;
     job.g = (const void *)(uintptr_t)g;
     job.g_step = g_step;
-    job.loss = (void *)(uintptr_t)loss;
     job.saved = (void *)(uintptr_t)saved;
+    job.value = (void *)(uintptr_t)value;
+    job.order = (const int64_t *)(uintptr_t)order;
+    int64_t behind = 3 * job.rows * SIZE_OF[job.kind[Z] == F64 ? F64 : F32];
+    job.loss = value ? (char *)job.saved + behind : (void *)(uintptr_t)loss;
 
     job.hot = job.y && job.smoothing > 0;
     bool targets = job.data[T] || job.hot, wide = job.kind[Z] == F64;
+    float divided_float;
+    double divided_double;
+    if (job.g && !job.g_step) {
+        divided_float = wide ? 0 : *(const float *)job.g / (float)job.divisor;
+        divided_double = wide ? *(const double *)job.g / job.divisor : 0;
+        job.g = wide ? (void *)&divided_double : (void *)&divided_float;
+    }
     job.spread = job.class_step[Z] == 1 && job.classes >= FEW;
     job.unit = units[wide][targets][backward];
     if (job.spread && job.classes > 2 * SEGMENT && (backward || !targets))
@@ -532,9 +526,31 @@ static PyObject *run_python(PyObject *self, PyObject *args)
         if (job.parts)
             (wide ? merge_segments_double : merge_segments_float)(&job);
     }
+    if (job.value)
+        (wide ? add_losses_double : add_losses_float)(&job);
     Py_END_ALLOW_THREADS
     free(job.parts);
     return PyLong_FromLongLong(job.units);
+}
+
+/* Whether all of y is in [0, classes). */
+CLONES static bool are_classes(const int64_t *y, int64_t n, int64_t classes)
+{
+    uint64_t any = 0, last = (uint64_t)classes - 1; /* the sign of y, or of last - y, if one is not */
+    _Pragma("omp simd reduction(| : any)")
+    for (int64_t i = 0; i < n; i++)
+        any |= (uint64_t)y[i] | (last - (uint64_t)y[i]);
+    return any >> 63 == 0;
+}
+
+static PyObject *are_classes_python(PyObject *self, PyObject *args)
+{
+    unsigned long long y;
+    long long n, classes;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KLL:are_classes", &y, &n, &classes))
+        return NULL;
+    return PyBool_FromLong(are_classes((const int64_t *)(uintptr_t)y, n, classes));
 }
 
 static PyObject *prefer_huge_pages_python(PyObject *self, PyObject *args)
@@ -560,6 +576,8 @@ static PyObject *set_threads(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
+    {"are_classes", are_classes_python, METH_VARARGS,
+     "Whether labels are in [0, C): their address, how many they are, and C."},
     {"prefer_huge_pages", prefer_huge_pages_python, METH_VARARGS,
      "Before memory is written for the first time: its address and how many bytes."},
     {"run", run_python, METH_VARARGS, "Losses or gradients of rows, see cpu.py; returns the number of units of work."},

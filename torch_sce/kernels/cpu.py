@@ -11,13 +11,15 @@ which tells more than p = c_y. Losses and gradients are bitwise the same for any
 import ctypes
 import functools
 import math
+from array import array
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .aten import empty_like, row_dtype
+from ..options import FLOATS
+from .aten import empty_like, real_dtype, row_dtype
 from .contract import Clip, Saved
 
 try:
@@ -40,8 +42,11 @@ KINDS = {
 }
 
 
+# A scalar for the result, of predictions of each dtype: a tensor like another is made fastest.
+SCALARS = {x: torch.empty((), dtype=real_dtype(x), device="cpu") for x in FLOATS}
+
 Steps = tuple[int, ...]  # in elements
-Plan = tuple[int, Steps, Steps, tuple[tuple[int, Steps] | None, ...]]  # see `_plan`
+MOST_AXES = 64  # of rows
 
 
 def forward(
@@ -51,6 +56,19 @@ def forward(
     loss, saved = results(z, y.shape, 3 if clip is None else 2)
     run(False, z, y=y, counted=counted, loss=loss, saved=saved, clip=clip)
     return loss, (saved,)
+
+
+def forward_sum(
+    z: Tensor, y: Tensor, clip: Clip, divisor: float, order: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """The sum of all rows' losses, over `divisor`; and what `forward` saves, with the losses last.
+
+    Losses are added up in float64, in the `order` of rows that an int64 tensor lists.
+    """
+    value = torch.empty_like(SCALARS[z.dtype])
+    saved = value.new_empty(4 * y.numel())
+    run(False, z, y=y, saved=saved, value=value, order=order, clip=clip, divisor=divisor)
+    return value, (saved,)
 
 
 def results(z: Tensor, rows: torch.Size, numbers: int) -> tuple[Tensor, Tensor]:
@@ -68,10 +86,11 @@ def backward(
     in_range: bool,
     saved: Saved,
     out: Tensor | None = None,
+    divisor: float = 1,
 ) -> Tensor:
     """The gradient with respect to z, in z's shape and dtype."""
     dz = empty_like(z) if out is None else out
-    run(True, z, dz=dz, y=y, counted=counted, g=g, saved=saved[0], clip=clip)
+    run(True, z, dz=dz, y=y, counted=counted, g=g, saved=saved[0], clip=clip, divisor=divisor)
     return dz
 
 
@@ -98,23 +117,60 @@ def run(
     g: Tensor | None = None,
     loss: Tensor | None = None,
     saved: Tensor,
+    value: Tensor | None = None,
+    order: Tensor | None = None,
     clip: Clip,
     smoothing: float = 0.0,
+    divisor: float = 1.0,
 ) -> int:
     """Calls cpu.c: writes `loss` and `saved`, or for `backward` dz and dt.
+
+    With `value` the sum of the losses over `divisor` is written there, added up in this `order`,
+    and the losses behind three numbers of each row in `saved`. A g without axes is that of `value`.
 
     Returns the number of units of work, each of which one thread computes.
     """
     assert _cpu is not None
-    z, t, g = _in_memory(z), t if t is None else _in_memory(t), g if g is None else _in_memory(g)
-    plan = _plan(z.shape, _description(z), _description(t), _description(dz), _description(dt))
+    z = _in_memory(z)
+    t = None if t is None else _in_memory(t)
+    plan = _plan(
+        z.shape,
+        (z.dtype, z.stride()),
+        None if t is None else (t.dtype, t.stride()),
+        None if dz is None else (dz.dtype, dz.stride()),
+        None if dt is None else (dt.dtype, dt.stride()),
+    )
     # What has an element for each row has them in order, but one g may be that of all rows.
-    g_step = 0 if g is None or not any(g.stride()) else 1
-    g = g.contiguous() if g_step and g is not None else g
-    y, counted, saved = _in_order(y), _in_order(counted), _in_memory(saved).contiguous()
-    given = (z, t, dz, dt, y, counted, g, loss, saved)
-    addresses = tuple([0 if x is None else x.data_ptr() for x in given])
-    return _cpu.run(backward, torch.get_num_threads(), plan, addresses, g_step, clip, smoothing)
+    y = None if y is None else y.contiguous()
+    counted = None if counted is None else counted.contiguous()
+    saved = saved.contiguous()
+    g_step = 0
+    if g is not None:
+        g = _in_memory(g)
+        if any(g.stride()):
+            g, g_step = g.contiguous(), 1
+    addresses = (
+        z.data_ptr(),
+        0 if t is None else t.data_ptr(),
+        0 if dz is None else dz.data_ptr(),
+        0 if dt is None else dt.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        0 if counted is None else counted.data_ptr(),
+        0 if g is None else g.data_ptr(),
+        0 if loss is None else loss.data_ptr(),
+        saved.data_ptr(),
+        0 if value is None else value.data_ptr(),
+        0 if order is None else order.data_ptr(),
+    )
+    options = (clip, smoothing, divisor)
+    return _cpu.run(backward, torch.get_num_threads(), plan, addresses, g_step, *options)
+
+
+def are_classes(y: Tensor, classes: int) -> bool:
+    """Whether all labels y, int64 and on the CPU, are in [0, classes)."""
+    if _cpu is not None and y.is_contiguous():
+        return _cpu.are_classes(y.data_ptr(), y.numel(), classes)
+    return bool(((y >= 0) & (y < classes)).all())
 
 
 def prefer_huge_pages(x: Tensor) -> Tensor:
@@ -132,21 +188,14 @@ def _in_memory(x: Tensor) -> Tensor:
     return x.resolve_neg() if x.is_neg() else x
 
 
-def _in_order(x: Tensor | None) -> Tensor | None:
-    return None if x is None else _in_memory(x).contiguous()
-
-
-def _description(x: Tensor | None) -> tuple[torch.dtype, Steps] | None:
-    return None if x is None else (x.dtype, x.stride())
-
-
 @functools.lru_cache(maxsize=1024)
-def _plan(shape: torch.Size, *tensors: tuple[torch.dtype, Steps] | None) -> Plan:
-    """How to find rows in memory.
+def _plan(shape: torch.Size, *tensors: tuple[torch.dtype, Steps] | None) -> bytes:
+    """How to find rows in memory, as integers of 64 bits.
 
-    The number of classes; the sizes of the rows' axes, in z's order in memory; their steps in
-    tensors of one element for each row; and for each tensor its kind and its steps, that of the
-    class axis last. Axes are joined where they can be in all of the tensors.
+    The number of classes; the number of the rows' axes and their sizes, in z's order in memory;
+    their steps in tensors of one element for each row; and for each tensor its kind, the step of
+    its class axis and those of its rows, 0 if it is not there. Axes are joined where they can be
+    in all of the tensors.
     """
     *sizes, classes = shape
     row_steps = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
@@ -160,15 +209,15 @@ def _plan(shape: torch.Size, *tensors: tuple[torch.dtype, Steps] | None) -> Plan
             axes[-1] = (axes[-1][0] * size, *steps)
         else:
             axes.append((size, *steps))
+    if len(axes) > MOST_AXES:
+        raise ValueError(f"predictions must have at most {MOST_AXES} axes, got {len(shape)}")
     axes = axes or [(1,) * (1 + len(strides))]
     joined, row_steps, *steps = zip(*axes, strict=True)
     found = iter(steps)
-    return (
-        classes,
-        joined,
-        row_steps,
-        tuple(None if x is None else (KINDS[x[0]], (*next(found), x[1][-1])) for x in tensors),
-    )
+    plan = [classes, len(joined), *joined, *row_steps]
+    for x in tensors:
+        plan += (0,) * (2 + len(joined)) if x is None else (KINDS[x[0]], x[1][-1], *next(found))
+    return array("q", plan).tobytes()
 
 
 def _connect() -> bool:

@@ -346,6 +346,27 @@ static void NAME(merge_segments)(const Job *job)
     }
 }
 
+/* Writes the sum of the losses over `divisor`. */
+CLONES static void NAME(add_losses)(const Job *job)
+{
+    REAL copy[ROW_STEPS * LANES];
+    double total = 0;
+    for (int64_t first = 0; first < job->rows; first += ROW_STEPS * LANES) {
+        int64_t left = job->rows - first;
+        int rows = left < ROW_STEPS * LANES ? (int)left : ROW_STEPS * LANES;
+        const REAL *loss = (const REAL *)job->loss + first;
+        for (int n = 0; n < rows && job->order; n++)
+            copy[n] = ((const REAL *)job->loss)[job->order[first + n]];
+        loss = job->order ? copy : loss;
+        double part = 0;
+        _Pragma("omp simd reduction(+ : part)")
+        for (int n = 0; n < rows; n++)
+            part += loss[n];
+        total += part;
+    }
+    *(REAL *)job->value = (REAL)(total / job->divisor);
+}
+
 /* Writes x[w] for every element of row w, one row behind another, and perhaps some elements more. */
 INLINE void NAME(repeat)(const Job *job, const Group *group, const REAL *x, REAL *to)
 {

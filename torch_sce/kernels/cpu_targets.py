@@ -17,7 +17,8 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """The loss of every row, and three numbers of every row."""
     loss, saved = results(z, z.shape[:-1], 3)
-    run(False, z, **_given(z, t), counted=counted, loss=loss, saved=saved, clip=clip,
+    y, targets = _given(z, t)
+    run(False, z, targets, y=y, counted=counted, loss=loss, saved=saved, clip=clip,
         smoothing=smoothing)  # fmt: skip
     return loss, (saved,)
 
@@ -36,13 +37,14 @@ def backward(
     """dz and dt in the shapes and dtypes of z and t, None for one that is not needed."""
     dz, dt = (empty_like(x) if need else None for x, need in zip((z, t), needs, strict=True))
     dz = dz if out is None else out
-    run(True, z, dz=dz, dt=dt, **_given(z, t), counted=counted, g=g, saved=saved[0], clip=clip,
+    y, targets = _given(z, t)
+    run(True, z, targets, dz, dt, y=y, counted=counted, g=g, saved=saved[0], clip=clip,
         smoothing=smoothing)  # fmt: skip
     return dz, dt
 
 
-def _given(z: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Labels as y; targets as t, in a dtype that cpu.c reads: 8-bit floats and some are rare."""
+def _given(z: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Labels, or targets in a dtype that cpu.c reads: 8-bit floats and some others are rare."""
     if t.ndim < z.ndim:
-        return {"y": t}
-    return {"t": t if t.dtype in KINDS else t.to(torch.float32)}
+        return t, None
+    return None, t if t.dtype in KINDS else t.to(torch.float32)

@@ -44,6 +44,11 @@ def forward_derivatives_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for calls without a transform, which it does not look for once more."""
+    return super(torch.autograd.Function, function).apply  # pyright: ignore
+
+
 def constant_in_graphs(function: Function) -> Function:
     """Lets a compiler call a function, whose result it takes for a constant.
 

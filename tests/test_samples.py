@@ -1,0 +1,83 @@
+"""Arguments that need no conversion, as most have, take a short way through `prepare`."""
+
+import itertools
+
+import pytest
+import torch
+
+from torch_sce import samples
+from torch_sce.kernels import cpu
+from torch_sce.samples import Samples, prepare
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BAD = {
+    "one too large": lambda y: y.index_fill(0, torch.tensor([0]), 3),
+    "one too small": lambda y: y.index_fill(0, torch.tensor([0]), -1),
+    "too many": lambda y: torch.cat([y, y]),
+}
+LABELS = {
+    "as they are": lambda y: y,
+    "int32": lambda y: y.int(),
+    "floats": lambda y: y.double(),
+    "with a class axis": lambda y: y.unsqueeze(-1),
+    "a list": lambda y: y.tolist(),
+}
+SHAPES = [(4, 3), (4, 5, 3), (3,), (0, 3), (4, 0), ()]
+CASES = [*itertools.product(SHAPES, LABELS), *itertools.product(SHAPES[:2], BAD)]
+
+
+def prepared(way, y, z, options):
+    """What `prepare` gives, or the error it raises, by the short way if there is one or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "long":
+            patch.setattr(samples, "_as_given", lambda *_: None)
+        try:
+            return prepare(y, z, **options)
+        except (ValueError, TypeError) as error:
+            return type(error), str(error)
+
+
+def is_short(y, z, options):
+    return samples._as_given(y, z, options["axis"], options["dtype"]) is not None
+
+
+@pytest.mark.parametrize(("shape", "labels"), CASES)
+def test_both_ways_give_the_same(shape, labels):
+    drawn = torch.Generator().manual_seed(0)
+    shorts = 0
+    for kind, dtype, logits, axis, ignored in itertools.product(
+        FLOATS, (*FLOATS, None), (True, False), (-1, 0, 1), (None, -1)
+    ):
+        z = torch.rand(shape, generator=drawn).to(kind)
+        y = torch.randint(3, shape[:-1], generator=drawn)
+        y = (LABELS | BAD)[labels](y)
+        options = {"from_logits": logits, "axis": axis, "dtype": dtype, "ignore_class": ignored}
+        short, long = (prepared(way, y, z, options) for way in ("short", "long"))
+        assert type(short) is type(long)
+        shorts += is_short(y, z, options)
+        if not isinstance(short, Samples):
+            assert short == long
+            continue
+        assert isinstance(long, Samples)
+        for name, a, b in zip(Samples._fields, short, long, strict=True):
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+                assert a.dtype == b.dtype and torch.equal(a, b)
+            else:
+                assert a == b, name
+    has_rows = len(shape) > 0 and 0 not in shape
+    assert (shorts > 0) == (has_rows and labels in ("as they are", *list(BAD)[:2]))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1000])
+@pytest.mark.parametrize("classes", [1, 3, 2**31, 2**62])
+def test_any_label_that_is_no_class_is_found(rows, classes):
+    y = torch.randint(min(classes, 1000), (rows,), generator=torch.Generator().manual_seed(rows))
+    assert cpu.are_classes(y, classes)
+    for at in {0, rows // 2, rows - 1} if rows else ():
+        for label in (-1, classes, classes + 1, -(2**63), 2**63 - 1):
+            other = y.clone()
+            other[at] = label
+            assert not cpu.are_classes(other, classes)
+        other[at] = classes - 1
+        assert cpu.are_classes(other, classes)
+        assert cpu.are_classes(torch.stack([other, other - classes], 1)[:, 0], classes)

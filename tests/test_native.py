@@ -19,8 +19,8 @@ from torch_sce.samples import CLIP
 pytestmark = pytest.mark.skipif(not native, reason="the package was installed without a C compiler")
 
 LANES, SEGMENT = 64, 32768  # as in cpu.c
-# Rows and classes around a block of lanes, half and two of them: fewer classes than LANES are in
-# blocks of rows, others in parts of a row, of which a block has 1024.
+# Rows and classes around a block of lanes, half and two of them: fewer classes than LANES, for sums
+# than two LANES, are in blocks of rows, others in parts of a row, of which a block has 1024.
 SIZES = (
     *product((1, 63, 64, 65), (1, 2, 3, 4, 5, 31, 32, 33, 63)),
     *product((2, 130), (3, 33, 129)),
@@ -494,7 +494,7 @@ def halves(dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", FLOATS[2:])
 def test_every_half_is_widened_as_pytorch_does_it(dtype):
     """p, which is saved, is z_y: in blocks of rows, of one class and few, and of parts of rows."""
-    for classes in (1, 4, LANES):
+    for classes in (1, 4, 2 * LANES):
         z = halves(dtype).view(-1, classes)
         saved = torch.empty(3, len(z))
         for label in range(classes):

@@ -33,9 +33,10 @@
 
 enum {
     LANES = 64,
-    ROW_STEPS = 16,  /* in a block of parts of a row: 4 KiB of float32, and as many terms in a sum */
+    ROW_STEPS = 16,  /* in a block of parts of a row, 4 KiB of float32; most terms of a REAL sum */
     STEPS = 64,      /* in a block of rows, and the most in any */
-    FEW = 64,        /* classes; fewer are computed in blocks of rows even where contiguous */
+    FEW = 64,        /* classes; fewer are computed in blocks of rows even where contiguous; where
+                      * there are sums, which a row in parts ends with, fewer than twice as many */
     SEGMENT = 32768, /* classes; longer rows are cut into segments, which may go to any thread */
     GRAIN = 16384,   /* predictions: the least work to hand to a thread */
     AXES = 64,
@@ -66,7 +67,7 @@ typedef enum { Z, T, DZ, DT, TENSORS } Tensor;
 typedef struct Job {
     void (*unit)(const struct Job *, int64_t);
     _Atomic int64_t next; /* the first unit that no thread has taken */
-    int64_t units, unit_groups, segments;
+    int64_t units, unit_groups, group_rows, segments;
 
     int64_t rows, classes;
     bool spread;        /* whether lanes are parts of a row */
@@ -129,40 +130,42 @@ INLINE uint16_t to_f16(float x)
     return (uint16_t)(h | (int32_t)(bits_of(x) >> 16 & 0x8000));
 }
 
-/* exp(x) for x <= 0, within 1.1 units in the last place; 0 where it would be subnormal. */
+/* exp(x) for x <= 0, within 1.1 units in the last place; 0 where it would be subnormal. A NaN stays
+ * one. `ROUND` moves n = round(x / log 2) and the exponent's bias to the last bits of a sum. */
 INLINE float exp_float(float x)
 {
-    float shifted = x * 1.44269504f + 12582912.0f; /* n = round(x / log 2), in its last bits */
-    float n = shifted - 12582912.0f;
+    const float ROUND = 12582912.0f + 127;
+    float shifted = x * 1.44269504f + ROUND;
+    float n = shifted - ROUND;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n log 2; the first step is exact */
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    float power = float_of((bits_of(shifted) << 23) + 0x3f800000);
-    return x < -87.33f ? 0 : p * power;
+    float p = 1.3814541e-3f; /* 1 + r + p r^2 has the least relative error, 3e-9 */
+    p = p * r + 8.3687454e-3f;
+    p = p * r + 4.1668389e-2f;
+    p = p * r + 1.6666521e-1f;
+    p = p * r + 4.9999994e-1f;
+    p = p * (r * r) + r;
+    float power = float_of(bits_of(shifted) << 23);
+    return x < -87.33f ? 0 : p * power + power;
 }
 
 INLINE double exp_double(double x)
 {
-    double shifted = x * 1.4426950408889634 + 6755399441055744.0;
-    double n = shifted - 6755399441055744.0;
+    const double ROUND = 6755399441055744.0 + 1023;
+    double shifted = x * 1.4426950408889634 + ROUND;
+    double n = shifted - ROUND;
     double r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
     double p = 1.0 / 6227020800; /* Taylor's series to r^13 / 13!, |r| < 0.35 */
     static const double factorials[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800,
                                         39916800, 479001600};
     for (int k = 12; k >= 2; k--)
         p = p * r + 1 / factorials[k];
-    p = p * (r * r) + r + 1;
+    p = p * (r * r) + r;
     uint64_t bits;
     memcpy(&bits, &shifted, 8);
-    bits = (bits << 52) + 0x3ff0000000000000;
+    bits <<= 52;
     double power;
     memcpy(&power, &bits, 8);
-    return x < -708 ? 0 : p * power;
+    return x < -708 ? 0 : p * power + power;
 }
 
 /* log(x) for normal x, within 1 unit in the last place; a NaN stays one. */
@@ -217,25 +220,28 @@ INLINE double only_double(bool keep, double x)
 
 /* ---- Rows and blocks ----------------------------------------------------------------------- */
 
-/* Rows that are computed together: one in parts, or up to LANES. */
+/* Up to LANES rows, computed together, or one after the other if lanes are their parts. */
 typedef struct {
     int rows;
     int64_t row[LANES];            /* in y */
     int64_t at[TENSORS][LANES];    /* of class 0, in elements */
     bool adjacent[TENSORS];        /* whether class 0 of the rows is contiguous */
     bool packed[TENSORS];          /* whether the rows follow each other without a gap */
+    bool in_order;                 /* whether `row` counts up */
     bool flat;                     /* whether lanes are elements */
     int64_t y[LANES];              /* -1: not a class */
     bool counted[LANES], any_counted, all_counted;
     int64_t begin, end;            /* the classes, or elements, that are computed */
 } Group;
 
-/* Consecutive classes of a group, or elements. */
+/* Consecutive classes of a group or of a row, or elements. */
 typedef struct {
-    int64_t first;          /* the class of step 0, and lane 0 unless lanes are rows; or the element */
+    int64_t first;         /* the class of step 0, and lane 0 unless lanes are rows; or element */
     int steps, lanes;
-    int32_t label[LANES];   /* the step of each lane that is left out of sums: its label's; -1: none */
-    int labelled;           /* the lane that has the label of a row in parts; -1: none */
+    int row;               /* that is computed in parts, otherwise 0 */
+    int skip;              /* lanes of a row's last step that have been computed */
+    int label;             /* of a row in parts, as step * LANES + lane; -1: not in this block */
+    int32_t labels[LANES]; /* of rows: the step of each lane's label, or -1 */
 } Block;
 
 INLINE void locate(const Job *job, int64_t n, int64_t *row, int64_t at[TENSORS])
@@ -252,18 +258,17 @@ INLINE void locate(const Job *job, int64_t n, int64_t *row, int64_t at[TENSORS])
     }
 }
 
-INLINE bool is_class(const Job *job, int64_t y) { return 0 <= y && y < job->classes; }
-
-INLINE void find_group(const Job *job, int64_t n, Group *group)
+INLINE void find_group(const Job *job, int64_t n, int64_t end, Group *group)
 {
-    int last = job->axes - 1, rows = job->rows - n < LANES ? (int)(job->rows - n) : LANES;
-    group->rows = job->spread ? 1 : rows;
+    int last = job->axes - 1, rows = (int)(end - n < job->group_rows ? end - n : job->group_rows);
     int64_t row, at[TENSORS];
-    bool one_run = group->rows <= job->size[last] - n % job->size[last];
-    locate(job, n, &row, at);
-    for (int w = 0; w < group->rows && one_run; w++)
+    bool one_run = rows <= job->size[last] - n % job->size[last];
+    group->rows = rows;
+    group->in_order = one_run && job->row_step[last] == 1;
+    locate(job, n, &row, at); /* of the first row */
+    for (int w = 0; w < rows && one_run; w++)
         group->row[w] = row + w * job->row_step[last];
-    for (int w = 0; w < group->rows && !one_run; w++) {
+    for (int w = 0; w < rows && !one_run; w++) {
         locate(job, n + w, &group->row[w], at);
         for (int x = 0; x < TENSORS; x++)
             group->at[x][w] = at[x];
@@ -271,24 +276,29 @@ INLINE void find_group(const Job *job, int64_t n, Group *group)
     for (int x = 0; x < TENSORS; x++) {
         group->adjacent[x] = job->spread || (one_run && job->step[x][last] == 1);
         group->packed[x] = one_run && job->class_step[x] == 1
-            && (group->rows == 1 || job->step[x][last] == job->classes);
-        for (int w = 0; job->data[x] && one_run && w < group->rows; w++)
+            && (rows == 1 || job->step[x][last] == job->classes);
+        for (int w = 0; job->data[x] && one_run && w < rows; w++)
             group->at[x][w] = at[x] + w * job->step[x][last];
     }
     group->any_counted = group->all_counted = job->counted == NULL;
-    for (int w = 0; w < (job->spread ? 1 : LANES); w++)
-        group->counted[w] = w < group->rows, group->y[w] = -1;
+    for (int w = 0; w < LANES; w++)
+        group->counted[w] = w < rows, group->y[w] = -1;
     if (job->counted) {
         group->all_counted = true;
-        for (int w = 0; w < group->rows; w++) {
+        for (int w = 0; w < rows; w++) {
             group->counted[w] = job->counted[group->row[w]];
             group->any_counted |= group->counted[w];
             group->all_counted &= group->counted[w];
         }
     }
-    for (int w = 0; w < group->rows && job->y; w++)
-        if (group->counted[w] && is_class(job, job->y[group->row[w]]))
-            group->y[w] = job->y[group->row[w]];
+    if (job->y && group->in_order)
+        memcpy(group->y, job->y + row, (size_t)rows * sizeof *job->y);
+    for (int w = 0; w < rows && job->y && !group->in_order; w++)
+        group->y[w] = job->y[group->row[w]];
+    FOR_LANES(w) {
+        bool is_class = group->counted[w] & (0 <= group->y[w]) & (group->y[w] < job->classes);
+        group->y[w] = is_class ? group->y[w] : -1;
+    }
     group->flat = false;
     group->begin = 0;
     group->end = job->classes;
@@ -302,47 +312,36 @@ INLINE void flatten(const Job *job, Group *group)
         group->end = group->rows * job->classes;
 }
 
-INLINE void before_blocks(Block *block)
-{
-    block->labelled = -1;
-    for (int w = 0; w < LANES; w++)
-        block->label[w] = -1;
-}
-
-/* The next block of a group, from class `first`; false if there is none. */
+/* The next block of a group, or of row `block->row`, from class `first`; false if there is none. */
 INLINE bool find_block(const Job *job, const Group *group, int64_t first, Block *block)
 {
     int64_t left = group->end - first;
     if (left <= 0)
         return false;
     block->first = first;
+    block->skip = 0;
+    block->label = -1;
     if (group->flat) {
         block->steps = (int)(left >= STEPS * LANES ? STEPS : left >= LANES ? left / LANES : 1);
         block->lanes = (int)(left >= LANES ? LANES : left);
-        return true;
-    }
-    if (!job->spread) {
+    } else if (job->spread) {
+        int64_t steps = left < LANES ? 1 : left / LANES;
+        block->steps = (int)(steps < ROW_STEPS ? steps : ROW_STEPS);
+        block->lanes = LANES;
+        block->skip = left < LANES ? (int)(LANES - left) : 0;
+        block->first -= block->skip;
+        uint64_t k = (uint64_t)(group->y[block->row] - block->first); /* -1 becomes a large one */
+        if (!job->hot && k < (uint64_t)block->steps * LANES)
+            block->label = (int)k;
+    } else {
         block->steps = (int)(left < STEPS ? left : STEPS);
         block->lanes = group->rows;
-        for (int w = 0; w < LANES; w++) {
-            int64_t k = group->y[w] - first;
-            block->label[w] = !job->hot && 0 <= k && k < block->steps ? (int32_t)k : -1;
+        uint64_t labelled = job->hot ? 0 : (uint64_t)block->steps;
+        FOR_LANES(w) {
+            uint64_t k = (uint64_t)(group->y[w] - first);
+            block->labels[w] = k < labelled ? (int32_t)k : -1;
         }
-        return true;
     }
-    block->lanes = LANES;
-    block->steps = (int)(left >= ROW_STEPS * LANES ? ROW_STEPS : left >= LANES ? left / LANES : 1);
-    if (block->labelled >= 0)
-        block->label[block->labelled] = -1;
-    if (left < LANES) { /* the last LANES classes, of which some have been computed */
-        block->first = group->end - LANES;
-        for (int w = 0; w < LANES - left; w++)
-            block->label[w] = 0;
-    }
-    int64_t k = group->y[0] - block->first;
-    block->labelled = !job->hot && 0 <= k && k < block->steps * LANES ? (int)(k % LANES) : -1;
-    if (block->labelled >= 0)
-        block->label[block->labelled] = (int32_t)(k / LANES);
     return true;
 }
 
@@ -368,9 +367,24 @@ INLINE bool is_adjacent(const Job *job, const Group *group, Tensor x)
     return job->spread ? job->class_step[x] == 1 : group->flat || group->adjacent[x];
 }
 
-INLINE int64_t lane_at(const Job *job, const Group *group, Tensor x, int w)
+INLINE int64_t lane_at(const Job *job, const Group *group, const Block *block, Tensor x, int w)
 {
-    return job->spread ? group->at[x][0] + w * job->class_step[x] : group->at[x][w];
+    return job->spread ? group->at[x][block->row] + w * job->class_step[x] : group->at[x][w];
+}
+
+/* The memory behind a block, or behind a group of rows without gaps: what is read next. */
+INLINE const char *behind(const Job *job, const Group *group, const Block *block, Tensor x)
+{
+    int64_t end = job->spread ? end_of(job, group, block) : group->rows * job->classes;
+    return job->data[x] + (group->at[x][block->row] + end) * SIZE_OF[job->kind[x]];
+}
+
+/* Asks for as many bytes of tensor x as step k of a block has. */
+INLINE void fetch(const Job *job, Tensor x, const char *ahead, int k)
+{
+    int64_t size = LANES * SIZE_OF[job->kind[x]];
+    for (int64_t i = 0; i < size; i += 64)
+        __builtin_prefetch(ahead + k * size + i);
 }
 
 /* ---- The loops, for both types that rows are computed in ------------------------------------ */
@@ -415,8 +429,12 @@ static void take_all(void *job) { take_units(job); }
 /* Computes all units, each by the thread that is free first. */
 static void run(Job *job, int64_t threads)
 {
-    int64_t groups = job->spread ? job->rows : (job->rows + LANES - 1) / LANES;
-    int64_t work = job->classes * (job->spread ? 1 : LANES);
+    bool sums = job->loss != NULL;
+    job->spread = job->spread && (!sums || job->classes >= 2 * FEW);
+    int64_t most_rows = job->spread ? GRAIN / job->classes : LANES;
+    job->group_rows = most_rows < 1 ? 1 : most_rows < LANES ? most_rows : LANES;
+    int64_t groups = (job->rows + job->group_rows - 1) / job->group_rows;
+    int64_t work = job->classes * job->group_rows;
     job->unit_groups = work >= GRAIN ? 1 : GRAIN / work;
     job->units = (groups + job->unit_groups - 1) / job->unit_groups * job->segments;
     int64_t most = job->rows * job->classes / (2 * GRAIN);

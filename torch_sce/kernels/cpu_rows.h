@@ -1,7 +1,7 @@
 /* The loops of cpu.c over a block and over a group of rows, for REAL = float and REAL = double.
  *
- * A block is x[k * step + w] for step k and lane w. Sums over a block are REAL, sums over blocks
- * double, so that a row has as many rounding errors as a block has steps.
+ * A block is x[k * step + w] for step k and lane w. Sums over ROW_STEPS steps are REAL, sums over
+ * more are double, so that a row has as many rounding errors as ROW_STEPS.
  */
 
 #define LOW_REAL ((REAL)-INFINITY)
@@ -9,9 +9,11 @@
 #define LOG NAME(log)
 #define ONLY NAME(only)
 #define WIDE_LOG NAME(wide_log)
-#define FOR_ROWS(w) _Pragma("omp simd") for (int w = 0; w < lanes; w++)
+#define FOR_ROWS(w)                                                                                \
+    for (int v = 0; v < rows; v += 16)                                                             \
+        _Pragma("omp simd") for (int w = v; w < v + 16; w++)
+#define FOR_PASSES for (block.row = 0; block.row < (job->spread ? group->rows : 1); block.row++)
 #define FOR_BLOCKS(k)                                                                              \
-    before_blocks(&block);                                                                         \
     for (int64_t k = group->begin; find_block(job, group, k, &block); k = end_of(job, group, &block))
 
 /* ---- Reading and writing blocks ------------------------------------------------------------ */
@@ -74,12 +76,13 @@ INLINE bool NAME(copy_fours)(
         if (is_adjacent(job, group, x))                                                            \
             for (int k = 0; k < steps; k++)                                                        \
                 for (int w = 0; w < lanes; w++)                                                    \
-                    copy[k * LANES + w] = (REAL)REAL_OF(from[group->at[x][0] + k * step + w]);     \
+                    copy[k * LANES + w] =                                                          \
+                        (REAL)REAL_OF(from[group->at[x][block->row] + k * step + w]);              \
         else                                                                                       \
             for (int w = 0; w < lanes; w++)                                                        \
                 for (int k = 0; k < steps; k++)                                                    \
                     copy[k * LANES + w] =                                                          \
-                        (REAL)REAL_OF(from[lane_at(job, group, x, w) + k * step]);                 \
+                        (REAL)REAL_OF(from[lane_at(job, group, block, x, w) + k * step]);          \
         break;                                                                                     \
     }
 
@@ -89,11 +92,12 @@ INLINE bool NAME(copy_fours)(
         if (is_adjacent(job, group, x))                                                            \
             for (int k = 0; k < steps; k++)                                                        \
                 for (int w = 0; w < lanes; w++)                                                    \
-                    to[group->at[x][0] + k * step + w] = (TYPE)TYPE_OF(copy[k * LANES + w]);       \
+                    to[group->at[x][block->row] + k * step + w] =                                  \
+                        (TYPE)TYPE_OF(copy[k * LANES + w]);                                        \
         else                                                                                       \
             for (int w = 0; w < lanes; w++)                                                        \
                 for (int k = 0; k < steps; k++)                                                    \
-                    to[lane_at(job, group, x, w) + k * step] =                                     \
+                    to[lane_at(job, group, block, x, w) + k * step] =                              \
                         (TYPE)TYPE_OF(copy[k * LANES + w]);                                        \
         break;                                                                                     \
     }
@@ -104,11 +108,6 @@ CLONES static void NAME(copy_block)(
 {
     int64_t step = step_of(job, group, x);
     int steps = block->steps, lanes = block->lanes;
-    if (job->spread && job->class_step[x] == 1) { /* the next block of the row */
-        int64_t size = SIZE_OF[job->kind[x]], next = group->at[x][0] + block->first + steps * LANES;
-        for (int i = 0; i < steps * LANES * size; i += 64)
-            __builtin_prefetch(job->data[x] + next * size + i);
-    }
     for (int k = 0; k < steps; k++)
         for (int w = lanes; w < LANES; w++)
             copy[k * LANES + w] = fill;
@@ -135,7 +134,7 @@ INLINE bool NAME(in_place)(const Job *job, const Group *group, const Block *bloc
 
 INLINE REAL *NAME(address)(const Job *job, const Group *group, const Block *block, Tensor x)
 {
-    return (REAL *)job->data[x] + start_of(job, block, x) + group->at[x][0];
+    return (REAL *)job->data[x] + start_of(job, block, x) + group->at[x][block->row];
 }
 
 /* A block of tensor x: where it is if that can be, otherwise a copy. */
@@ -180,11 +179,11 @@ INLINE REAL *NAME(place)(
 
 /* Keeps the last classes of a row in parts, which are computed twice, if the gradient of the first
  * time is written over them. */
-INLINE bool NAME(keep_last)(const Job *job, const Group *group, REAL *last)
+INLINE bool NAME(keep_last)(const Job *job, const Group *group, int row, REAL *last)
 {
     bool kept = job->spread && job->data[Z] == job->data[DZ]
-        && (group->end - group->begin) % LANES && group->any_counted;
-    Block block = {.first = group->end - LANES, .steps = 1, .lanes = LANES};
+        && (group->end - group->begin) % LANES && group->counted[row];
+    Block block = {.row = row, .first = group->end - LANES, .steps = 1, .lanes = LANES};
     if (kept)
         NAME(copy_block)(job, group, &block, Z, 0, last);
     return kept;
@@ -192,45 +191,45 @@ INLINE bool NAME(keep_last)(const Job *job, const Group *group, REAL *last)
 
 /* ---- Sums ---------------------------------------------------------------------------------- */
 
-/* What the rows of a group have added up so far: m and r of `contract`, or m and s. */
+/* m and r of `contract`, or m and s, of each row of a group; or of each lane, so far. */
 typedef struct {
     REAL m[LANES];
     double r[LANES];
 } NAME(Sums);
 
-/* Adds what the lanes have added up over a block to the sums of their rows, or of the one row. */
-INLINE void NAME(add)(bool spread, const REAL *part, double *sum)
+INLINE double NAME(total)(const double *x)
 {
-    if (!spread) {
-        FOR_LANES(w) sum[w] += part[w];
-        return;
-    }
     double total = 0;
     _Pragma("omp simd reduction(+ : total)")
     for (int w = 0; w < LANES; w++)
-        total += part[w];
-    *sum += total;
+        total += x[w];
+    return total;
 }
 
 /* Raises m to the largest logit of a block, and r with it. `shift` is what to subtract from logits:
- * m, or 0 where all are minus infinity so far. */
+ * m, or 0 where all are minus infinity so far. The lanes of a row in parts have one m. */
 INLINE void NAME(raise)(
     bool spread, const REAL *z, int64_t step, int steps, NAME(Sums) *sums, REAL *shift)
 {
     REAL top[LANES];
-    FOR_LANES(w) top[w] = spread ? LOW_REAL : sums->m[w];
+    FOR_LANES(w) top[w] = sums->m[w];
     for (int k = 0; k < steps; k++)
         FOR_LANES(w) top[w] = z[k * step + w] > top[w] ? z[k * step + w] : top[w];
     if (spread) {
-        for (int half = LANES / 2; half > 0; half /= 2)
-            for (int w = 0; w < half; w++)
-                top[w] = top[w + half] > top[w] ? top[w + half] : top[w];
-        REAL most = top[0] > sums->m[0] ? top[0] : sums->m[0];
-        REAL subtracted = most == LOW_REAL ? 0 : most;
-        if (most > sums->m[0])
-            sums->r[0] *= EXP(sums->m[0] - subtracted);
-        sums->m[0] = most;
-        FOR_LANES(w) shift[w] = subtracted;
+        REAL most = LOW_REAL, m = sums->m[0];
+        _Pragma("omp simd reduction(max : most)")
+        for (int w = 0; w < LANES; w++)
+            most = top[w] > most ? top[w] : most;
+        if (most > m) {
+            if (m > LOW_REAL) {
+                REAL fall = EXP(m - most);
+                FOR_LANES(w) sums->r[w] *= fall;
+            }
+            FOR_LANES(w) sums->m[w] = most;
+            m = most;
+        }
+        m = m == LOW_REAL ? 0 : m;
+        FOR_LANES(w) shift[w] = m;
     } else {
         FOR_LANES(w) {
             shift[w] = top[w] == LOW_REAL ? 0 : top[w];
@@ -242,17 +241,35 @@ INLINE void NAME(raise)(
 
 /* ---- Integer labels ------------------------------------------------------------------------ */
 
+/* Adds TERM of step k and lane w to the sums, without labels and what has been added before; p
+ * becomes z of the labels. `ahead` is read later. */
+#define ADD_UP(TERM)                                                                               \
+    for (int k = 0; k < block->steps; k++) {                                                       \
+        fetch(job, Z, ahead, k);                                                                   \
+        if (!spread) {                                                                             \
+            FOR_LANES(w) part[w] += ONLY(k != block->labels[w], TERM);                             \
+            if (k % ROW_STEPS == ROW_STEPS - 1)                                                    \
+                FOR_LANES(w) sums->r[w] += part[w], part[w] = 0;                                   \
+        } else if (k == block->label / LANES || block->skip)                                       \
+            FOR_LANES(w)                                                                           \
+                part[w] += ONLY(w >= block->skip && k * LANES + w != block->label, TERM);          \
+        else                                                                                       \
+            FOR_LANES(w) part[w] += TERM;                                                          \
+    }                                                                                              \
+    FOR_LANES(w) sums->r[w] += part[w];                                                            \
+    if (block->label >= 0)                                                                         \
+        p[block->row] = z[block->label / LANES * step + block->label % LANES];                     \
+    for (int w = 0; w < block->lanes && !spread; w++)                                              \
+        p[w] = block->labels[w] < 0 ? p[w] : z[block->labels[w] * step + w];
+
 INLINE void NAME(add_logits)(
-    bool spread, const REAL *z, int64_t step, const Block *block, NAME(Sums) *sums)
+    const Job *job, const REAL *z, int64_t step, const Block *block, NAME(Sums) *sums, REAL *p,
+    const char *ahead)
 {
+    bool spread = job->spread;
     REAL shift[LANES], part[LANES] = {0};
     NAME(raise)(spread, z, step, block->steps, sums, shift);
-    for (int k = 0; k < block->steps; k++) {
-        for (int w = 0; w < LANES && spread; w += 64 / (int)sizeof(REAL))
-            __builtin_prefetch(z + ROW_STEPS * LANES + k * step + w);
-        FOR_LANES(w) part[w] += ONLY(k != block->label[w], EXP(z[k * step + w] - shift[w]));
-    }
-    NAME(add)(spread, part, sums->r);
+    ADD_UP(EXP(z[k * step + w] - shift[w]))
 }
 
 INLINE REAL NAME(clip)(const Job *job, REAL q)
@@ -263,20 +280,32 @@ INLINE REAL NAME(clip)(const Job *job, REAL q)
 }
 
 INLINE void NAME(add_probabilities)(
-    const Job *job, const REAL *q, int64_t step, const Block *block, NAME(Sums) *sums)
+    const Job *job, const REAL *z, int64_t step, const Block *block, NAME(Sums) *sums, REAL *p,
+    const char *ahead)
 {
+    bool spread = job->spread;
     REAL part[LANES] = {0};
-    for (int k = 0; k < block->steps; k++)
-        FOR_LANES(w) part[w] += ONLY(k != block->label[w], NAME(clip)(job, q[k * step + w]));
-    NAME(add)(job->spread, part, sums->r);
+    ADD_UP(NAME(clip)(job, z[k * step + w]))
+}
+
+/* Writes a number of each row of a group, 0 for rows that do not count. */
+INLINE void NAME(put)(
+    bool in_order, int rows, const int64_t *row, const bool *counted, const REAL *x, REAL *to)
+{
+    REAL kept[LANES];
+    FOR_ROWS(w) kept[w] = ONLY(counted[w], x[w]);
+    if (in_order)
+        memcpy(to + row[0], kept, (size_t)rows * sizeof(REAL));
+    for (int w = 0; w < rows && !in_order; w++)
+        to[row[w]] = kept[w];
 }
 
 /* Losses from m and r of rows and p, which is z_y or a NaN: writes them, and saves all three. */
 INLINE void NAME(finish)(
-    const Job *job, int lanes, int rows, const int64_t *row, const bool *counted,
+    const Job *job, bool in_order, int rows, const int64_t *row, const bool *counted,
     const NAME(Sums) *sums, const REAL *p)
 {
-    REAL loss[LANES], *saved = job->saved;
+    REAL loss[LANES], r[LANES], *saved = job->saved;
     if (job->probabilities)
         FOR_ROWS(w) {
             REAL c = NAME(clip)(job, p[w]);
@@ -287,42 +316,44 @@ INLINE void NAME(finish)(
             double s = sums->r[w] + EXP(p[w] - sums->m[w]);
             loss[w] = (REAL)(WIDE_LOG(s) + (double)(sums->m[w] - p[w]));
         }
-    for (int w = 0; w < rows; w++) {
-        ((REAL *)job->loss)[row[w]] = counted[w] ? loss[w] : 0;
-        saved[row[w]] = counted[w] ? (REAL)sums->r[w] : 0;
-        saved[job->rows + row[w]] = counted[w] ? p[w] : 0;
-        if (!job->probabilities)
-            saved[2 * job->rows + row[w]] = counted[w] ? sums->m[w] : 0;
-    }
+    FOR_ROWS(w) r[w] = (REAL)sums->r[w];
+    NAME(put)(in_order, rows, row, counted, loss, job->loss);
+    NAME(put)(in_order, rows, row, counted, r, saved);
+    NAME(put)(in_order, rows, row, counted, p, saved + job->rows);
+    if (!job->probabilities)
+        NAME(put)(in_order, rows, row, counted, sums->m, saved + 2 * job->rows);
 }
 
 /* Losses, or m, r and p of a segment if `part` is given. */
 INLINE void NAME(group_losses)(const Job *job, Group *group, double *part)
 {
-    NAME(Sums) sums;
+    NAME(Sums) sums, lanes;
     REAL p[LANES], copy[STEPS * LANES];
-    int lanes = job->spread ? 1 : LANES;
     Block block;
-    FOR_ROWS(w) sums.m[w] = job->probabilities ? 0 : LOW_REAL, sums.r[w] = 0, p[w] = (REAL)NAN;
-    if (!group->any_counted)
-        group->end = group->begin;
-    FOR_BLOCKS(k) {
-        int64_t step;
-        const REAL *z = NAME(read)(job, group, &block, Z, LOW_REAL, copy, &step);
-        if (job->probabilities)
-            NAME(add_probabilities)(job, z, step, &block, &sums);
+    FOR_LANES(w) p[w] = (REAL)NAN, sums.m[w] = sums.r[w] = 0;
+    FOR_PASSES {
+        FOR_LANES(w) lanes.m[w] = job->probabilities ? 0 : LOW_REAL, lanes.r[w] = 0;
+        if (job->spread ? !group->counted[block.row] : !group->any_counted)
+            continue;
+        FOR_BLOCKS(k) {
+            int64_t step;
+            const char *ahead = behind(job, group, &block, Z);
+            const REAL *z = NAME(read)(job, group, &block, Z, LOW_REAL, copy, &step);
+            if (job->probabilities)
+                NAME(add_probabilities)(job, z, step, &block, &lanes, p, ahead);
+            else
+                NAME(add_logits)(job, z, step, &block, &lanes, p, ahead);
+        }
+        if (job->spread)
+            sums.m[block.row] = lanes.m[0], sums.r[block.row] = NAME(total)(lanes.r);
         else
-            NAME(add_logits)(job->spread, z, step, &block, &sums);
-        if (block.labelled >= 0)
-            p[0] = z[block.label[block.labelled] * step + block.labelled];
-        for (int w = 0; w < block.lanes && !job->spread; w++)
-            if (block.label[w] >= 0)
-                p[w] = z[block.label[w] * step + w];
+            sums = lanes;
     }
     if (part)
         part[0] = sums.m[0], part[1] = sums.r[0], part[2] = p[0];
     else
-        NAME(finish)(job, lanes, group->rows, group->row, group->counted, &sums, p);
+        NAME(finish)(
+            job, group->in_order, group->rows, group->row, group->counted, &sums, p);
 }
 
 /* Merges the segments of every row, in their order. */
@@ -333,16 +364,16 @@ static void NAME(merge_segments)(const Job *job)
         int64_t row, at[TENSORS];
         locate(job, n, &row, at);
         NAME(Sums) sums = {.m = {LOW_REAL}};
-        bool counted = !job->counted || job->counted[row];
-        REAL p = (REAL)NAN;
+        bool counted[LANES] = {!job->counted || job->counted[row]};
+        REAL p[LANES] = {(REAL)NAN};
         for (int64_t i = 0; i < job->segments; i++)
             sums.m[0] = part[3 * i] > sums.m[0] ? (REAL)part[3 * i] : sums.m[0];
         for (int64_t i = 0; i < job->segments; i++) {
             bool highest = part[3 * i] == sums.m[0]; /* so are two infinities */
             sums.r[0] += part[3 * i + 1] * (highest ? 1 : exp(part[3 * i] - sums.m[0]));
-            p = part[3 * i + 2] == part[3 * i + 2] ? (REAL)part[3 * i + 2] : p;
+            p[0] = part[3 * i + 2] == part[3 * i + 2] ? (REAL)part[3 * i + 2] : p[0];
         }
-        NAME(finish)(job, 1, 1, &row, &counted, &sums, &p);
+        NAME(finish)(job, true, 1, &row, counted, &sums, p);
     }
 }
 
@@ -379,33 +410,37 @@ INLINE void NAME(repeat)(const Job *job, const Group *group, const REAL *x, REAL
 /* Stores x at element `at` of the gradient. */
 INLINE void NAME(store)(const Job *job, Tensor dx, int64_t at, REAL x)
 {
-    switch (job->kind[dx]) {
-    case F32: ((float *)job->data[dx])[at] = (float)x; break;
-    case F64: ((double *)job->data[dx])[at] = x; break;
-    case BF16: ((uint16_t *)job->data[dx])[at] = to_bf16((float)x); break;
-    case F16: ((uint16_t *)job->data[dx])[at] = to_f16((float)x); break;
-    default: break;
-    }
+    if (job->kind[dx] == OWN_KIND)
+        ((REAL *)job->data[dx])[at] = x;
+    else
+        ((uint16_t *)job->data[dx])[at] =
+            job->kind[dx] == BF16 ? to_bf16((float)x) : to_f16((float)x);
+}
+
+/* Reads a number of each row of a group. */
+INLINE void NAME(get)(const Group *group, const REAL *from, int64_t step, REAL *to)
+{
+    bool together = group->in_order && step == 1;
+    if (together)
+        memcpy(to, from + group->row[0], (size_t)group->rows * sizeof(REAL));
+    for (int w = 0; w < group->rows && !together; w++)
+        to[w] = from[group->row[w] * step];
 }
 
 INLINE void NAME(group_gradients)(const Job *job, Group *group)
 {
     REAL f[LANES], shift[LANES], at_label[LANES], in[STEPS * LANES], out[STEPS * LANES];
-    REAL f_of[LANES * FEW + 8], shift_of[LANES * FEW + 8]; /* of elements */
-    REAL m[LANES], p[LANES], low = (REAL)job->low, high = (REAL)job->high;
-    double g[LANES], r[LANES];
-    int lanes = job->spread ? 1 : LANES;
+    REAL f_of[LANES * FEW + 8], shift_of[LANES * FEW + 8]; /* of elements, or of a row in parts */
+    REAL g[LANES], m[LANES], r[LANES], p[LANES], low = (REAL)job->low, high = (REAL)job->high;
+    const REAL *saved = job->saved;
+    int rows = group->rows;
     Block block;
-    for (int w = 0; w < lanes; w++) {
-        g[w] = m[w] = p[w] = 0, r[w] = 1;
-        if (!group->counted[w]) /* or there is no such row */
-            continue;
-        const REAL *saved = (const REAL *)job->saved + group->row[w];
-        g[w] = ((const REAL *)job->g)[group->row[w] * job->g_step];
-        r[w] = saved[0], p[w] = saved[job->rows];
-        if (!job->probabilities)
-            m[w] = saved[2 * job->rows];
-    }
+    FOR_LANES(w) g[w] = m[w] = p[w] = 0, r[w] = 1;
+    NAME(get)(group, job->g, job->g_step, g);
+    NAME(get)(group, saved, 1, r);
+    NAME(get)(group, saved + job->rows, 1, p);
+    if (!job->probabilities)
+        NAME(get)(group, saved + 2 * job->rows, 1, m);
     if (job->probabilities)
         FOR_ROWS(w) {
             double c = NAME(clip)(job, p[w]), s = r[w] + c;
@@ -415,57 +450,63 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
         }
     else
         FOR_ROWS(w) {
-            double s = r[w] + EXP(p[w] - m[w]);
+            double s = (double)r[w] + EXP(p[w] - m[w]);
             shift[w] = m[w] == LOW_REAL ? 0 : m[w];
             f[w] = (REAL)(g[w] / s);
             at_label[w] = (REAL)(-g[w] * (r[w] / s));
         }
-    if (job->spread)
-        FOR_LANES(w) f[w] = f[0], shift[w] = shift[0];
-    REAL last[LANES];
-    bool kept = NAME(keep_last)(job, group, last);
     flatten(job, group);
     if (group->flat) {
         NAME(repeat)(job, group, f, f_of);
         NAME(repeat)(job, group, shift, shift_of);
     }
-    FOR_BLOCKS(k) {
-        int64_t step = LANES, out_step, own = group->flat ? LANES : 0;
-        const REAL *fs = group->flat ? f_of + block.first : f;
-        const REAL *shifts = group->flat ? shift_of + block.first : shift;
-        REAL *dz = NAME(place)(job, group, &block, DZ, out, &out_step);
-        if (!group->any_counted) {
-            for (int i = 0; i < block.steps; i++)
-                FOR_LANES(w) dz[i * out_step + w] = 0;
-        } else {
-            const REAL *z = kept && block.first + LANES == group->end
-                ? last : NAME(read)(job, group, &block, Z, 0, in, &step);
-            if (job->probabilities)
+    FOR_PASSES {
+        REAL last[LANES];
+        bool kept = NAME(keep_last)(job, group, block.row, last);
+        if (job->spread)
+            FOR_LANES(w) f_of[w] = f[block.row], shift_of[w] = shift[block.row];
+        FOR_BLOCKS(k) {
+            int64_t step = LANES, out_step, own = group->flat ? LANES : 0;
+            int64_t first = group->flat ? block.first : 0;
+            const REAL *fs = group->flat || job->spread ? f_of + first : f;
+            const REAL *shifts = group->flat || job->spread ? shift_of + first : shift;
+            REAL *dz = NAME(place)(job, group, &block, DZ, out, &out_step);
+            if (job->spread ? !group->counted[block.row] : !group->any_counted) {
                 for (int i = 0; i < block.steps; i++)
-                    FOR_LANES(w) {
-                        REAL q = z[i * step + w];
-                        dz[i * out_step + w] = ONLY(q >= low && q <= high, fs[i * own + w]);
-                    }
-            else
-                for (int i = 0; i < block.steps; i++)
-                    FOR_LANES(w)
-                        dz[i * out_step + w] =
-                            fs[i * own + w] * EXP(z[i * step + w] - shifts[i * own + w]);
-        }
-        if (block.labelled >= 0)
-            dz[block.label[block.labelled] * out_step + block.labelled] = at_label[0];
-        for (int w = 0; w < block.lanes && !job->spread; w++)
-            if (block.label[w] >= 0)
-                dz[block.label[w] * out_step + w] = at_label[w];
-        if (!group->all_counted && !job->spread && !group->flat)
-            for (int w = 0; w < block.lanes; w++)
-                if (!group->counted[w])
+                    FOR_LANES(w) dz[i * out_step + w] = 0;
+            } else {
+                const char *ahead = behind(job, group, &block, Z);
+                const REAL *z = kept && block.first + LANES == group->end
+                    ? last : NAME(read)(job, group, &block, Z, 0, in, &step);
+                for (int i = 0; i < block.steps && z == in; i++)
+                    fetch(job, Z, ahead, i);
+                if (job->probabilities)
                     for (int i = 0; i < block.steps; i++)
-                        dz[i * out_step + w] = 0;
-        if (dz == out)
-            NAME(write_block)(job, group, &block, DZ, out);
+                        FOR_LANES(w) {
+                            REAL q = z[i * step + w];
+                            dz[i * out_step + w] = ONLY(q >= low && q <= high, fs[i * own + w]);
+                        }
+                else
+                    for (int i = 0; i < block.steps; i++)
+                        FOR_LANES(w)
+                            dz[i * out_step + w] =
+                                fs[i * own + w] * EXP(z[i * step + w] - shifts[i * own + w]);
+            }
+            if (block.label >= 0)
+                dz[block.label / LANES * out_step + block.label % LANES] = at_label[block.row];
+            for (int w = 0; w < block.lanes && !job->spread && !group->flat; w++)
+                if (block.labels[w] >= 0)
+                    dz[block.labels[w] * out_step + w] = at_label[w];
+            if (!group->all_counted && !job->spread && !group->flat)
+                for (int w = 0; w < block.lanes; w++)
+                    if (!group->counted[w])
+                        for (int i = 0; i < block.steps; i++)
+                            dz[i * out_step + w] = 0;
+            if (dz == out)
+                NAME(write_block)(job, group, &block, DZ, out);
+        }
     }
-    for (int w = 0; w < group->rows && group->flat; w++) {
+    for (int w = 0; w < rows && group->flat; w++) {
         if (group->y[w] >= 0)
             NAME(store)(job, DZ, group->at[DZ][w] + group->y[w], at_label[w]);
         for (int64_t k = 0; k < job->classes && !group->counted[w]; k++)
@@ -475,7 +516,7 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
 
 /* ---- A target for every class --------------------------------------------------------------- */
 
-/* Sums of a group of rows: as `targets.py` has the letters. */
+/* Sums of rows, or of lanes so far: as `targets.py` has the letters. */
 typedef struct {
     NAME(Sums) exponentials; /* m and s of logits */
     double total[LANES];     /* T; a of probabilities */
@@ -487,12 +528,12 @@ INLINE const REAL *NAME(one_hot)(
     const Job *job, const Group *group, const Block *block, REAL *copy, int64_t *step)
 {
     REAL other[LANES];
-    FOR_LANES(w) other[w] = group->y[job->spread ? 0 : w] < 0 ? (REAL)NAN : 0;
+    FOR_LANES(w) other[w] = group->y[job->spread ? block->row : w] < 0 ? (REAL)NAN : 0;
     for (int k = 0; k < block->steps; k++)
         FOR_LANES(w) copy[k * LANES + w] = other[w];
     for (int w = 0; w < (job->spread ? 1 : block->lanes); w++) {
-        int64_t k = group->y[w] - block->first;
-        if (group->y[w] >= 0 && 0 <= k && k < block->steps * (job->spread ? LANES : 1))
+        int64_t y = group->y[block->row + w], k = y - block->first;
+        if (y >= 0 && 0 <= k && k < block->steps * (job->spread ? LANES : 1))
             copy[job->spread ? k : k * LANES + w] = 1;
     }
     *step = LANES;
@@ -515,88 +556,116 @@ INLINE const REAL *NAME(read_targets)(
 }
 
 INLINE void NAME(add_logits_and_targets)(
-    bool spread, const REAL *z, int64_t step, const REAL *t, int64_t t_step, const Block *block,
-    NAME(TargetSums) *sums)
+    const Job *job, const REAL *z, int64_t step, const REAL *t, int64_t t_step, const Block *block,
+    int skip, NAME(TargetSums) *sums, const char *z_ahead, const char *t_ahead)
 {
     REAL before[LANES], shift[LANES], s[LANES] = {0}, total[LANES] = {0}, loss[LANES] = {0};
-    int lanes = spread ? 1 : LANES;
-    FOR_ROWS(w) before[w] = sums->exponentials.m[w];
-    NAME(raise)(spread, z, step, block->steps, &sums->exponentials, shift);
-    FOR_ROWS(w) {
+    FOR_LANES(w) before[w] = sums->exponentials.m[w];
+    NAME(raise)(job->spread, z, step, block->steps, &sums->exponentials, shift);
+    FOR_LANES(w) {
         double rise = before[w] == LOW_REAL ? 0 : (double)shift[w] - before[w];
         sums->loss[w] += sums->total[w] * rise;
     }
-    for (int k = 0; k < block->steps; k++)
+    for (int k = 0; k < block->steps; k++) {
+        fetch(job, Z, z_ahead, k);
+        fetch(job, T, t_ahead, k);
         FOR_LANES(w) {
             REAL x = z[k * step + w] - shift[w];
-            bool here = k != block->label[w];
-            s[w] += ONLY(here, EXP(x));
-            total[w] += ONLY(here, t[k * t_step + w]);
-            loss[w] -= ONLY(here, t[k * t_step + w] * x);
+            s[w] += ONLY(w >= skip, EXP(x));
+            total[w] += ONLY(w >= skip, t[k * t_step + w]);
+            loss[w] -= ONLY(w >= skip, t[k * t_step + w] * x);
         }
-    NAME(add)(spread, s, sums->exponentials.r);
-    NAME(add)(spread, total, sums->total);
-    NAME(add)(spread, loss, sums->loss);
-}
-
-/* Sums of probabilities without the lanes that a block does not have. */
-INLINE void NAME(add_up)(
-    bool spread, const REAL *q, int64_t step, const Block *block, double *sum)
-{
-    REAL part[LANES] = {0};
-    for (int k = 0; k < block->steps; k++)
-        FOR_LANES(w) part[w] += ONLY(k != block->label[w], q[k * step + w]);
-    NAME(add)(spread, part, sum);
+        if (!job->spread && k % ROW_STEPS == ROW_STEPS - 1)
+            FOR_LANES(w) {
+                sums->exponentials.r[w] += s[w], s[w] = 0;
+                sums->total[w] += total[w], total[w] = 0;
+                sums->loss[w] += loss[w], loss[w] = 0;
+            }
+    }
+    FOR_LANES(w) {
+        sums->exponentials.r[w] += s[w];
+        sums->total[w] += total[w];
+        sums->loss[w] += loss[w];
+    }
 }
 
 INLINE void NAME(add_normalised)(
     const Job *job, const REAL *s, const REAL *q, int64_t step, const REAL *t, int64_t t_step,
-    const Block *block, NAME(TargetSums) *sums, REAL *inside)
+    const Block *block, int skip, NAME(TargetSums) *sums, REAL *inside)
 {
     REAL a[LANES] = {0}, loss[LANES] = {0};
-    for (int k = 0; k < block->steps; k++)
+    for (int k = 0; k < block->steps; k++) {
         FOR_LANES(w) {
             REAL n = q[k * step + w] / s[w], c = NAME(clip)(job, n), t_ = t[k * t_step + w];
-            bool here = k != block->label[w];
-            loss[w] -= ONLY(here, t_ * LOG(c));
-            a[w] += ONLY(here, ONLY(n == c, t_ / c) * n);
-            inside[w] = here && n == c ? 1 : inside[w];
+            loss[w] -= ONLY(w >= skip, t_ * LOG(c));
+            a[w] += ONLY(w >= skip, ONLY(n == c, t_ / c) * n);
+            inside[w] = w >= skip && n == c ? 1 : inside[w];
         }
-    NAME(add)(job->spread, a, sums->total);
-    NAME(add)(job->spread, loss, sums->loss);
+        if (!job->spread && k % ROW_STEPS == ROW_STEPS - 1)
+            FOR_LANES(w) {
+                sums->total[w] += a[w], a[w] = 0;
+                sums->loss[w] += loss[w], loss[w] = 0;
+            }
+    }
+    FOR_LANES(w) sums->total[w] += a[w], sums->loss[w] += loss[w];
 }
 
 INLINE void NAME(group_target_losses)(const Job *job, Group *group)
 {
-    NAME(TargetSums) sums;
-    REAL s[LANES], inside[LANES] = {0}, z_copy[STEPS * LANES], t_copy[STEPS * LANES];
-    REAL *saved = job->saved;
+    NAME(TargetSums) sums = {0}, lanes;
+    REAL third[LANES] = {0}, z_copy[STEPS * LANES], t_copy[STEPS * LANES], *saved = job->saved;
     Block block;
     int64_t step, t_step;
-    int lanes = job->spread ? 1 : LANES;
-    FOR_ROWS(w) {
-        sums.exponentials.m[w] = LOW_REAL;
-        sums.exponentials.r[w] = sums.total[w] = sums.loss[w] = 0;
-    }
-    if (!group->any_counted)
-        group->end = group->begin;
-    if (job->probabilities) {
-        FOR_BLOCKS(k) {
-            const REAL *q = NAME(read)(job, group, &block, Z, 0, z_copy, &step);
-            NAME(add_up)(job->spread, q, step, &block, sums.exponentials.r);
+    FOR_PASSES {
+        REAL s[LANES], inside[LANES] = {0};
+        FOR_LANES(w) {
+            lanes.exponentials.m[w] = LOW_REAL;
+            lanes.exponentials.r[w] = lanes.total[w] = lanes.loss[w] = 0;
         }
-        FOR_LANES(w) s[w] = (REAL)sums.exponentials.r[job->spread ? 0 : w];
+        if (job->spread ? !group->counted[block.row] : !group->any_counted)
+            continue;
+        if (job->probabilities) {
+            FOR_BLOCKS(k) {
+                const REAL *q = NAME(read)(job, group, &block, Z, 0, z_copy, &step);
+                REAL part[LANES] = {0};
+                for (int i = 0; i < block.steps; i++) {
+                    FOR_LANES(w) part[w] += ONLY(w >= block.skip, q[i * step + w]);
+                    if (i % ROW_STEPS == ROW_STEPS - 1)
+                        FOR_LANES(w) lanes.exponentials.r[w] += part[w], part[w] = 0;
+                }
+                FOR_LANES(w) lanes.exponentials.r[w] += part[w];
+            }
+            double whole = NAME(total)(lanes.exponentials.r);
+            FOR_LANES(w) s[w] = (REAL)(job->spread ? whole : lanes.exponentials.r[w]);
+        }
+        FOR_BLOCKS(k) {
+            const char *z_ahead = behind(job, group, &block, Z);
+            const char *t_ahead = job->hot ? z_ahead : behind(job, group, &block, T);
+            const REAL *z = NAME(read)(job, group, &block, Z, LOW_REAL, z_copy, &step);
+            const REAL *t = NAME(read_targets)(job, group, &block, t_copy, &t_step);
+            if (job->probabilities)
+                NAME(add_normalised)(
+                    job, s, z, step, t, t_step, &block, block.skip, &lanes, inside);
+            else if (block.skip)
+                NAME(add_logits_and_targets)(
+                    job, z, step, t, t_step, &block, block.skip, &lanes, z_ahead, t_ahead);
+            else
+                NAME(add_logits_and_targets)(
+                    job, z, step, t, t_step, &block, 0, &lanes, z_ahead, t_ahead);
+        }
+        if (job->spread) {
+            int row = block.row;
+            sums.exponentials.r[row] = NAME(total)(lanes.exponentials.r);
+            sums.total[row] = NAME(total)(lanes.total);
+            sums.loss[row] = NAME(total)(lanes.loss);
+            for (int w = 1; w < LANES; w++)
+                inside[0] = inside[w] != 0 ? 1 : inside[0];
+            third[row] = job->probabilities ? inside[0] : lanes.exponentials.m[0];
+        } else {
+            sums = lanes;
+            FOR_LANES(w) third[w] = job->probabilities ? inside[w] : lanes.exponentials.m[w];
+        }
     }
-    FOR_BLOCKS(k) {
-        const REAL *z = NAME(read)(job, group, &block, Z, LOW_REAL, z_copy, &step);
-        const REAL *t = NAME(read_targets)(job, group, &block, t_copy, &t_step);
-        if (job->probabilities)
-            NAME(add_normalised)(job, s, z, step, t, t_step, &block, &sums, inside);
-        else
-            NAME(add_logits_and_targets)(job->spread, z, step, t, t_step, &block, &sums);
-    }
-    for (int w = 1; w < LANES && job->spread; w++)
-        inside[0] = inside[w] ? 1 : inside[0];
     for (int w = 0; w < group->rows; w++) {
         int64_t row = group->row[w];
         bool counted = group->counted[w];
@@ -606,84 +675,108 @@ INLINE void NAME(group_target_losses)(const Job *job, Group *group)
         ((REAL *)job->loss)[row] = counted ? (REAL)loss + 0 : 0; /* never -0.0 */
         saved[row] = (REAL)sums.exponentials.r[w];
         saved[job->rows + row] = (REAL)sums.total[w];
-        saved[2 * job->rows + row] = job->probabilities ? inside[w] : sums.exponentials.m[w];
+        saved[2 * job->rows + row] = third[w];
         for (int i = 0; i < 3 && !counted; i++)
             saved[i * job->rows + row] = 0;
     }
 }
 
+/* What the gradients of a row, or of a lane, are computed from. */
+typedef struct {
+    REAL g[LANES], s[LANES], total[LANES], third[LANES], logarithm[LANES], f[LANES], keep[LANES];
+} NAME(TargetRows);
+
 INLINE void NAME(group_target_gradients)(const Job *job, Group *group)
 {
     const REAL *saved = job->saved;
-    REAL g[LANES], s[LANES], total[LANES], third[LANES], logarithm[LANES], f[LANES], keep[LANES];
+    NAME(TargetRows) rows, of;
     REAL z_copy[STEPS * LANES], t_copy[STEPS * LANES], dz_copy[STEPS * LANES], dt_copy[STEPS * LANES];
     Block block;
-    for (int w = 0; w < LANES; w++) {
-        int v = job->spread ? 0 : w;
-        int64_t row = group->row[group->counted[v] ? v : 0];
-        keep[w] = group->counted[v];
-        g[w] = keep[w] ? ((const REAL *)job->g)[row * job->g_step] : 0;
-        s[w] = saved[row], total[w] = saved[job->rows + row];
-        third[w] = saved[2 * job->rows + row];
+    memset(&rows, 0, sizeof rows);
+    for (int w = 0; w < group->rows; w++) {
+        int64_t row = group->row[w];
+        rows.keep[w] = group->counted[w];
+        rows.g[w] = group->counted[w] ? ((const REAL *)job->g)[row * job->g_step] : 0;
+        rows.s[w] = saved[row], rows.total[w] = saved[job->rows + row];
+        rows.third[w] = saved[2 * job->rows + row];
         if (job->probabilities) {
-            f[w] = third[w] ? g[w] : 0; /* where all are clipped, whatever g is */
+            rows.f[w] = rows.third[w] ? rows.g[w] : 0; /* where all are clipped, whatever g is */
         } else {
-            third[w] = third[w] == LOW_REAL ? 0 : third[w];
-            logarithm[w] = (REAL)log(s[w]);
-            f[w] = (REAL)((double)g[w] * total[w] / s[w]);
+            rows.third[w] = rows.third[w] == LOW_REAL ? 0 : rows.third[w];
+            rows.logarithm[w] = (REAL)log(rows.s[w]);
+            rows.f[w] = (REAL)((double)rows.g[w] * rows.total[w] / rows.s[w]);
         }
     }
     REAL scale = (REAL)(1 - job->smoothing), last[LANES];
-    bool kept = NAME(keep_last)(job, group, last);
-    FOR_BLOCKS(k) {
-        int64_t step, t_step, dz_step, dt_step;
-        REAL *dz = NAME(place)(job, group, &block, DZ, dz_copy, &dz_step);
-        REAL *dt = NAME(place)(job, group, &block, DT, dt_copy, &dt_step);
-        const REAL *z = z_copy, *t = t_copy;
-        step = t_step = LANES;
-        if (group->any_counted) {
-            z = kept && block.first + LANES == group->end
-                ? last : NAME(read)(job, group, &block, Z, 0, z_copy, &step);
-            t = NAME(read_targets)(job, group, &block, t_copy, &t_step);
-        } else {
-            memset(z_copy, 0, sizeof z_copy);
-            memset(t_copy, 0, sizeof t_copy);
+    FOR_PASSES {
+        bool kept = NAME(keep_last)(job, group, block.row, last);
+        FOR_LANES(w) {
+            int v = job->spread ? block.row : w;
+            of.g[w] = rows.g[v], of.s[w] = rows.s[v], of.total[w] = rows.total[v];
+            of.third[w] = rows.third[v], of.logarithm[w] = rows.logarithm[v];
+            of.f[w] = rows.f[v], of.keep[w] = rows.keep[v];
         }
-        for (int i = 0; i < block.steps; i++) {
-            const REAL *x = z + i * step, *u = t + i * t_step;
-            REAL *dx = dz + i * dz_step, *du = dt + i * dt_step;
-            if (job->probabilities && job->data[DZ])
-                FOR_LANES(w) {
-                    REAL n = x[w] / s[w], c = NAME(clip)(job, n);
-                    REAL slope = (total[w] - ONLY(n == c, u[w] / c)) * f[w] / s[w];
-                    dx[w] = ONLY(keep[w] != 0, slope);
-                }
-            else if (job->data[DZ])
-                FOR_LANES(w)
-                    dx[w] = ONLY(keep[w] != 0, f[w] * EXP(x[w] - third[w]) - g[w] * u[w]);
-            if (job->probabilities && job->data[DT])
-                FOR_LANES(w)
-                    du[w] = ONLY(keep[w] != 0, -scale * g[w] * LOG(NAME(clip)(job, x[w] / s[w])));
-            else if (job->data[DT])
-                FOR_LANES(w)
-                    du[w] = ONLY(keep[w] != 0, scale * g[w] * (third[w] - x[w] + logarithm[w]));
+        FOR_BLOCKS(k) {
+            int64_t step, t_step, dz_step, dt_step;
+            REAL *dz = NAME(place)(job, group, &block, DZ, dz_copy, &dz_step);
+            REAL *dt = NAME(place)(job, group, &block, DT, dt_copy, &dt_step);
+            const char *z_ahead = behind(job, group, &block, Z);
+            const char *t_ahead = job->data[T] ? behind(job, group, &block, T) : NULL;
+            const REAL *z = z_copy, *t = t_copy;
+            step = t_step = LANES;
+            if (job->spread ? group->counted[block.row] : group->any_counted) {
+                z = kept && block.first + LANES == group->end
+                    ? last : NAME(read)(job, group, &block, Z, 0, z_copy, &step);
+                t = NAME(read_targets)(job, group, &block, t_copy, &t_step);
+            } else {
+                memset(z_copy, 0, sizeof z_copy);
+                memset(t_copy, 0, sizeof t_copy);
+            }
+            for (int i = 0; i < block.steps; i++) {
+                const REAL *x = z + i * step, *u = t + i * t_step;
+                REAL *dx = dz + i * dz_step, *du = dt + i * dt_step;
+                if (z == z_copy) /* otherwise the processor itself reads ahead */
+                    fetch(job, Z, z_ahead, i);
+                if (t == t_copy && job->data[T])
+                    fetch(job, T, t_ahead, i);
+                if (job->probabilities && job->data[DZ])
+                    FOR_LANES(w) {
+                        REAL n = x[w] / of.s[w], c = NAME(clip)(job, n);
+                        REAL slope = (of.total[w] - ONLY(n == c, u[w] / c)) * of.f[w] / of.s[w];
+                        dx[w] = ONLY(of.keep[w] != 0, slope);
+                    }
+                else if (job->data[DZ])
+                    FOR_LANES(w)
+                        dx[w] = ONLY(
+                            of.keep[w] != 0,
+                            of.f[w] * EXP(x[w] - of.third[w]) - of.g[w] * u[w]);
+                if (job->probabilities && job->data[DT])
+                    FOR_LANES(w)
+                        du[w] = ONLY(
+                            of.keep[w] != 0,
+                            -scale * of.g[w] * LOG(NAME(clip)(job, x[w] / of.s[w])));
+                else if (job->data[DT])
+                    FOR_LANES(w)
+                        du[w] = ONLY(
+                            of.keep[w] != 0,
+                            scale * of.g[w] * (of.third[w] - x[w] + of.logarithm[w]));
+            }
+            if (job->data[DZ] && dz == dz_copy)
+                NAME(write_block)(job, group, &block, DZ, dz_copy);
+            if (job->data[DT] && dt == dt_copy)
+                NAME(write_block)(job, group, &block, DT, dt_copy);
         }
-        if (job->data[DZ] && dz == dz_copy)
-            NAME(write_block)(job, group, &block, DZ, dz_copy);
-        if (job->data[DT] && dt == dt_copy)
-            NAME(write_block)(job, group, &block, DT, dt_copy);
     }
 }
 
 /* ---- Units of work --------------------------------------------------------------------------- */
 
 #define FOR_GROUPS(BODY)                                                                           \
-    int64_t segment = unit % job->segments, width = job->spread ? 1 : LANES;                       \
-    int64_t n = unit / job->segments * job->unit_groups * width;                                   \
-    int64_t end = n + job->unit_groups * width;                                                    \
+    int64_t segment = unit % job->segments, width = job->unit_groups * job->group_rows;            \
+    int64_t n = unit / job->segments * width, end = n + width;                                     \
     Group group;                                                                                   \
-    for (end = end < job->rows ? end : job->rows; n < end; n += width) {                           \
-        find_group(job, n, &group);                                                                \
+    for (end = end < job->rows ? end : job->rows; n < end; n += group.rows) {                      \
+        find_group(job, n, end, &group);                                                           \
         group.begin = segment * SEGMENT;                                                           \
         if (segment + 1 < job->segments)                                                           \
             group.end = group.begin + SEGMENT;                                                     \
@@ -719,5 +812,7 @@ CLONES static void NAME(target_gradients)(const Job *job, int64_t unit)
 #undef READ_AS
 #undef WRITE_AS
 #undef FOR_ROWS
+#undef FOR_PASSES
 #undef FOR_BLOCKS
+#undef ADD_UP
 #undef FOR_GROUPS

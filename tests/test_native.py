@@ -453,7 +453,10 @@ def some_rows(whole, rows):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("of_targets", [False, True])
 def test_the_bits_of_other_dtypes_are_the_same_for_any_number_of_threads(of_targets, model, dtype):
-    """Those of float32, with all rows counted: test_cpu.py. A thread has 32768 predictions."""
+    """Those of float32, with all rows counted: test_cpu.py.
+
+    A thread has at least 32768 predictions, of few classes 8192.
+    """
     for size, layout in (
         ((170, 1000), padded),
         ((1, 180_001), contiguous),

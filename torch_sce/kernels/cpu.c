@@ -258,6 +258,12 @@ INLINE void locate(const Job *job, int64_t n, int64_t *row, int64_t at[TENSORS])
     }
 }
 
+/* Below 0 if y is not in [0, classes). */
+INLINE int64_t not_class(int64_t y, int64_t classes)
+{
+    return y | (int64_t)((uint64_t)classes - 1 - (uint64_t)y);
+}
+
 INLINE void find_group(const Job *job, int64_t n, int64_t end, Group *group)
 {
     int last = job->axes - 1, rows = (int)(end - n < job->group_rows ? end - n : job->group_rows);
@@ -291,13 +297,14 @@ INLINE void find_group(const Job *job, int64_t n, int64_t end, Group *group)
             group->all_counted &= group->counted[w];
         }
     }
-    if (job->y && group->in_order)
-        memcpy(group->y, job->y + row, (size_t)rows * sizeof *job->y);
-    for (int w = 0; w < rows && job->y && !group->in_order; w++)
-        group->y[w] = job->y[group->row[w]];
-    FOR_LANES(w) {
-        bool is_class = group->counted[w] & (0 <= group->y[w]) & (group->y[w] < job->classes);
-        group->y[w] = is_class ? group->y[w] : -1;
+    if (job->y && group->in_order && rows == LANES)
+        memcpy(group->y, job->y + row, sizeof group->y);
+    else
+        for (int w = 0; w < rows && job->y; w++)
+            group->y[w] = job->y[group->row[w]];
+    FOR_LANES(w) { /* -1 has all bits */
+        int64_t outside = not_class(group->y[w], job->classes) >> 63;
+        group->y[w] |= outside | (group->counted[w] - 1);
     }
     group->flat = false;
     group->begin = 0;
@@ -431,13 +438,14 @@ static void run(Job *job, int64_t threads)
 {
     bool sums = job->loss != NULL;
     job->spread = job->spread && (!sums || job->classes >= 2 * FEW);
-    int64_t most_rows = job->spread ? GRAIN / job->classes : LANES;
+    int64_t grain = job->spread ? GRAIN : GRAIN / 4; /* few classes take longer */
+    int64_t most_rows = job->spread ? grain / job->classes : LANES;
     job->group_rows = most_rows < 1 ? 1 : most_rows < LANES ? most_rows : LANES;
     int64_t groups = (job->rows + job->group_rows - 1) / job->group_rows;
     int64_t work = job->classes * job->group_rows;
-    job->unit_groups = work >= GRAIN ? 1 : GRAIN / work;
+    job->unit_groups = work >= grain ? 1 : grain / work;
     job->units = (groups + job->unit_groups - 1) / job->unit_groups * job->segments;
-    int64_t most = job->rows * job->classes / (2 * GRAIN);
+    int64_t most = job->rows * job->classes / (2 * grain);
     threads = threads < most ? threads : most;
     threads = threads < job->units ? threads : job->units;
     if (threads > 1 && torch_parallel_for)
@@ -554,11 +562,11 @@ static PyObject *run_python(PyObject *self, PyObject *args)
 /* Whether all of y is in [0, classes). */
 CLONES static bool are_classes(const int64_t *y, int64_t n, int64_t classes)
 {
-    uint64_t any = 0, last = (uint64_t)classes - 1; /* the sign of y, or of last - y, if one is not */
+    int64_t any = 0;
     _Pragma("omp simd reduction(| : any)")
     for (int64_t i = 0; i < n; i++)
-        any |= (uint64_t)y[i] | (last - (uint64_t)y[i]);
-    return any >> 63 == 0;
+        any |= not_class(y[i], classes);
+    return any >= 0;
 }
 
 static PyObject *are_classes_python(PyObject *self, PyObject *args)

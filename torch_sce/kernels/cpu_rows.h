@@ -288,24 +288,24 @@ INLINE void NAME(add_probabilities)(
     ADD_UP(NAME(clip)(job, z[k * step + w]))
 }
 
-/* Writes a number of each row of a group, 0 for rows that do not count. */
-INLINE void NAME(put)(
-    bool in_order, int rows, const int64_t *row, const bool *counted, const REAL *x, REAL *to)
+/* Writes a number of each row of a group. */
+INLINE void NAME(put)(bool in_order, int rows, const int64_t *row, const REAL *x, REAL *to)
 {
-    REAL kept[LANES];
-    FOR_ROWS(w) kept[w] = ONLY(counted[w], x[w]);
-    if (in_order)
-        memcpy(to + row[0], kept, (size_t)rows * sizeof(REAL));
-    for (int w = 0; w < rows && !in_order; w++)
-        to[row[w]] = kept[w];
+    if (in_order && rows == LANES)
+        memcpy(to + row[0], x, sizeof(REAL[LANES]));
+    else
+        for (int w = 0; w < rows; w++)
+            to[row[w]] = x[w];
 }
 
-/* Losses from m and r of rows and p, which is z_y or a NaN: writes them, and saves all three. */
+/* Losses from m and r of rows and p, which is z_y or a NaN: writes them, and saves all three, 0 for
+ * rows that do not count. `counted` is NULL if all do. */
 INLINE void NAME(finish)(
     const Job *job, bool in_order, int rows, const int64_t *row, const bool *counted,
     const NAME(Sums) *sums, const REAL *p)
 {
     REAL loss[LANES], r[LANES], *saved = job->saved;
+    int numbers = job->probabilities ? 2 : 3;
     if (job->probabilities)
         FOR_ROWS(w) {
             REAL c = NAME(clip)(job, p[w]);
@@ -317,11 +317,17 @@ INLINE void NAME(finish)(
             loss[w] = (REAL)(WIDE_LOG(s) + (double)(sums->m[w] - p[w]));
         }
     FOR_ROWS(w) r[w] = (REAL)sums->r[w];
-    NAME(put)(in_order, rows, row, counted, loss, job->loss);
-    NAME(put)(in_order, rows, row, counted, r, saved);
-    NAME(put)(in_order, rows, row, counted, p, saved + job->rows);
+    NAME(put)(in_order, rows, row, loss, job->loss);
+    NAME(put)(in_order, rows, row, r, saved);
+    NAME(put)(in_order, rows, row, p, saved + job->rows);
     if (!job->probabilities)
-        NAME(put)(in_order, rows, row, counted, sums->m, saved + 2 * job->rows);
+        NAME(put)(in_order, rows, row, sums->m, saved + 2 * job->rows);
+    for (int w = 0; w < rows && counted; w++)
+        if (!counted[w]) {
+            ((REAL *)job->loss)[row[w]] = 0;
+            for (int i = 0; i < numbers; i++)
+                saved[i * job->rows + row[w]] = 0;
+        }
 }
 
 /* Losses, or m, r and p of a segment if `part` is given. */
@@ -353,7 +359,8 @@ INLINE void NAME(group_losses)(const Job *job, Group *group, double *part)
         part[0] = sums.m[0], part[1] = sums.r[0], part[2] = p[0];
     else
         NAME(finish)(
-            job, group->in_order, group->rows, group->row, group->counted, &sums, p);
+            job, group->in_order, group->rows, group->row,
+            group->all_counted ? NULL : group->counted, &sums, p);
 }
 
 /* Merges the segments of every row, in their order. */
@@ -364,7 +371,7 @@ static void NAME(merge_segments)(const Job *job)
         int64_t row, at[TENSORS];
         locate(job, n, &row, at);
         NAME(Sums) sums = {.m = {LOW_REAL}};
-        bool counted[LANES] = {!job->counted || job->counted[row]};
+        bool counted = !job->counted || job->counted[row];
         REAL p[LANES] = {(REAL)NAN};
         for (int64_t i = 0; i < job->segments; i++)
             sums.m[0] = part[3 * i] > sums.m[0] ? (REAL)part[3 * i] : sums.m[0];
@@ -373,7 +380,7 @@ static void NAME(merge_segments)(const Job *job)
             sums.r[0] += part[3 * i + 1] * (highest ? 1 : exp(part[3 * i] - sums.m[0]));
             p[0] = part[3 * i + 2] == part[3 * i + 2] ? (REAL)part[3 * i + 2] : p[0];
         }
-        NAME(finish)(job, true, 1, &row, counted, &sums, p);
+        NAME(finish)(job, true, 1, &row, &counted, &sums, p);
     }
 }
 
@@ -420,11 +427,13 @@ INLINE void NAME(store)(const Job *job, Tensor dx, int64_t at, REAL x)
 /* Reads a number of each row of a group. */
 INLINE void NAME(get)(const Group *group, const REAL *from, int64_t step, REAL *to)
 {
-    bool together = group->in_order && step == 1;
-    if (together)
-        memcpy(to, from + group->row[0], (size_t)group->rows * sizeof(REAL));
-    for (int w = 0; w < group->rows && !together; w++)
-        to[w] = from[group->row[w] * step];
+    if (step == 0)
+        FOR_LANES(w) to[w] = from[0];
+    else if (group->in_order && group->rows == LANES)
+        memcpy(to, from + group->row[0], sizeof(REAL[LANES]));
+    else
+        for (int w = 0; w < group->rows; w++)
+            to[w] = from[group->row[w]];
 }
 
 INLINE void NAME(group_gradients)(const Job *job, Group *group)

@@ -22,7 +22,7 @@ def test_it_is_the_sum_of_the_losses_with_their_gradient(shape, dtype, model):
     value = sum_of_losses(leaf, y, MODELS[model], n)
     losses = row_losses(other, y, None, MODELS[model])
     assert value.dtype == losses.dtype == aten.row_dtype(z) and value.shape == ()
-    exact = (losses.double().sum() / n).to(value.dtype)
+    exact = losses.double().sum().to(value.dtype) / n
     # Of float64 the sum is rounded as often as there are lanes and blocks.
     torch.testing.assert_close(value, exact, rtol=1e-15 if dtype == torch.float64 else 0, atol=0)
     g = torch.tensor(0.7, dtype=value.dtype)
@@ -66,6 +66,12 @@ def test_functional_transforms_agree_with_autograd(model):
     batch = torch.stack([z, z.flip(0)])
     want = torch.stack([loss(y, each) for each in batch])
     torch.testing.assert_close(torch.func.vmap(lambda z: loss(y, z))(batch), want)
+
+
+def test_a_sum_is_as_infinite_as_one_with_weights():
+    z, y = torch.tensor([[0.0, 3e38], [0.0, 3e38]]), torch.tensor([0, 0])
+    loss = SparseCategoricalCrossentropy(True)
+    assert loss(y, z) == loss(y, z, torch.ones(2)) == torch.inf
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "mean_with_sample_weight"])

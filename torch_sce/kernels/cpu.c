@@ -379,19 +379,29 @@ INLINE int64_t lane_at(const Job *job, const Group *group, const Block *block, T
     return job->spread ? group->at[x][block->row] + w * job->class_step[x] : group->at[x][w];
 }
 
-/* The memory behind a block, or behind a group of rows without gaps: what is read next. */
-INLINE const char *behind(const Job *job, const Group *group, const Block *block, Tensor x)
+/* What is read after a block: where step 0 of it is, and how many bytes each step goes. */
+typedef struct {
+    const char *start;
+    int64_t step;
+} Ahead;
+
+INLINE Ahead ahead_of(const Job *job, const Group *group, const Block *block, Tensor x)
 {
-    int64_t end = job->spread ? end_of(job, group, block) : group->rows * job->classes;
-    return job->data[x] + (group->at[x][block->row] + end) * SIZE_OF[job->kind[x]];
+    int64_t size = SIZE_OF[job->kind[x]], first = group->at[x][block->row], step = LANES;
+    if (job->spread)
+        first += end_of(job, group, block);
+    else if (group->adjacent[x] && !group->packed[x]) /* the same classes of the next rows */
+        step = job->class_step[x], first += block->first * step + LANES;
+    else
+        first += group->rows * job->classes;
+    return (Ahead){job->data[x] + first * size, step * size};
 }
 
-/* Asks for as many bytes of tensor x as step k of a block has. */
-INLINE void fetch(const Job *job, Tensor x, const char *ahead, int k)
+/* Asks for what step k of a block has of tensor x. */
+INLINE void fetch(const Job *job, Tensor x, Ahead ahead, int k)
 {
-    int64_t size = LANES * SIZE_OF[job->kind[x]];
-    for (int64_t i = 0; i < size; i += 64)
-        __builtin_prefetch(ahead + k * size + i);
+    for (int64_t i = 0; i < LANES * SIZE_OF[job->kind[x]]; i += 64)
+        __builtin_prefetch(ahead.start + k * ahead.step + i);
 }
 
 /* ---- The loops, for both types that rows are computed in ------------------------------------ */

@@ -264,7 +264,7 @@ INLINE void NAME(raise)(
 
 INLINE void NAME(add_logits)(
     const Job *job, const REAL *z, int64_t step, const Block *block, NAME(Sums) *sums, REAL *p,
-    const char *ahead)
+    Ahead ahead)
 {
     bool spread = job->spread;
     REAL shift[LANES], part[LANES] = {0};
@@ -281,7 +281,7 @@ INLINE REAL NAME(clip)(const Job *job, REAL q)
 
 INLINE void NAME(add_probabilities)(
     const Job *job, const REAL *z, int64_t step, const Block *block, NAME(Sums) *sums, REAL *p,
-    const char *ahead)
+    Ahead ahead)
 {
     bool spread = job->spread;
     REAL part[LANES] = {0};
@@ -343,7 +343,7 @@ INLINE void NAME(group_losses)(const Job *job, Group *group, double *part)
             continue;
         FOR_BLOCKS(k) {
             int64_t step;
-            const char *ahead = behind(job, group, &block, Z);
+            Ahead ahead = ahead_of(job, group, &block, Z);
             const REAL *z = NAME(read)(job, group, &block, Z, LOW_REAL, copy, &step);
             if (job->probabilities)
                 NAME(add_probabilities)(job, z, step, &block, &lanes, p, ahead);
@@ -384,7 +384,7 @@ static void NAME(merge_segments)(const Job *job)
     }
 }
 
-/* Writes the sum of the losses over `divisor`. */
+/* Writes the sum of the losses over `divisor`: added up in doubles, and rounded as one of REALs. */
 CLONES static void NAME(add_losses)(const Job *job)
 {
     REAL copy[ROW_STEPS * LANES];
@@ -402,7 +402,7 @@ CLONES static void NAME(add_losses)(const Job *job)
             part += loss[n];
         total += part;
     }
-    *(REAL *)job->value = (REAL)(total / job->divisor);
+    *(REAL *)job->value = (REAL)total / (REAL)job->divisor;
 }
 
 /* Writes x[w] for every element of row w, one row behind another, and perhaps some elements more. */
@@ -484,7 +484,7 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
                 for (int i = 0; i < block.steps; i++)
                     FOR_LANES(w) dz[i * out_step + w] = 0;
             } else {
-                const char *ahead = behind(job, group, &block, Z);
+                Ahead ahead = ahead_of(job, group, &block, Z);
                 const REAL *z = kept && block.first + LANES == group->end
                     ? last : NAME(read)(job, group, &block, Z, 0, in, &step);
                 for (int i = 0; i < block.steps && z == in; i++)
@@ -566,7 +566,7 @@ INLINE const REAL *NAME(read_targets)(
 
 INLINE void NAME(add_logits_and_targets)(
     const Job *job, const REAL *z, int64_t step, const REAL *t, int64_t t_step, const Block *block,
-    int skip, NAME(TargetSums) *sums, const char *z_ahead, const char *t_ahead)
+    int skip, NAME(TargetSums) *sums, Ahead z_ahead, Ahead t_ahead)
 {
     REAL before[LANES], shift[LANES], s[LANES] = {0}, total[LANES] = {0}, loss[LANES] = {0};
     FOR_LANES(w) before[w] = sums->exponentials.m[w];
@@ -648,8 +648,8 @@ INLINE void NAME(group_target_losses)(const Job *job, Group *group)
             FOR_LANES(w) s[w] = (REAL)(job->spread ? whole : lanes.exponentials.r[w]);
         }
         FOR_BLOCKS(k) {
-            const char *z_ahead = behind(job, group, &block, Z);
-            const char *t_ahead = job->hot ? z_ahead : behind(job, group, &block, T);
+            Ahead z_ahead = ahead_of(job, group, &block, Z);
+            Ahead t_ahead = job->hot ? z_ahead : ahead_of(job, group, &block, T);
             const REAL *z = NAME(read)(job, group, &block, Z, LOW_REAL, z_copy, &step);
             const REAL *t = NAME(read_targets)(job, group, &block, t_copy, &t_step);
             if (job->probabilities)
@@ -729,8 +729,8 @@ INLINE void NAME(group_target_gradients)(const Job *job, Group *group)
             int64_t step, t_step, dz_step, dt_step;
             REAL *dz = NAME(place)(job, group, &block, DZ, dz_copy, &dz_step);
             REAL *dt = NAME(place)(job, group, &block, DT, dt_copy, &dt_step);
-            const char *z_ahead = behind(job, group, &block, Z);
-            const char *t_ahead = job->data[T] ? behind(job, group, &block, T) : NULL;
+            Ahead z_ahead = ahead_of(job, group, &block, Z);
+            Ahead t_ahead = job->data[T] ? ahead_of(job, group, &block, T) : z_ahead;
             const REAL *z = z_copy, *t = t_copy;
             step = t_step = LANES;
             if (job->spread ? group->counted[block.row] : group->any_counted) {

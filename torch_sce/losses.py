@@ -330,9 +330,8 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         dtype: torch.dtype | None,
         counts_only: bool = False,
     ) -> Samples:
-        is_whole = self.class_group is None
-        has_slice = counts_only and not is_whole  # whatever its size
-        shard = None if is_whole or counts_only else self._slice(y_pred, self.axis)
+        has_slice = counts_only and self.class_group is not None  # whatever its size
+        shard = None if counts_only else self._slice(y_pred, self.axis)
         return prepare(
             y_true,
             y_pred,
@@ -362,7 +361,9 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         return sum_of_losses(z, y, clip, divisor_of(y.numel(), self.reduction), order)
 
     def _slice(self, y_pred: ArrayLike, axis: int) -> Slice | None:
-        """Which classes this rank has."""
+        """Which classes this rank has; None: all of them."""
+        if self.class_group is None:
+            return None
         return self._slice_of("y_pred", y_pred, lambda z: z.shape[class_axis(axis, z)])
 
 

@@ -224,7 +224,7 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, y, saved), (clip, divisor) = upstream, ctx.saved_tensors, ctx.options
-        if torch.is_grad_enabled() or not are_plain(g):
+        if _needs_expression(g, z, y):
             g = (g / divisor).expand(y.shape)
             dz = _differentiable_gradients(g, z, y, None, clip)
         else:

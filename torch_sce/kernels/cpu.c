@@ -88,7 +88,8 @@ typedef struct Job {
     const bool *counted; /* NULL: all rows */
     const void *g;
     int64_t g_step;     /* 0 if all rows have the same */
-    void *loss, *saved; /* (rows), and (2, rows) or (3, rows) */
+    void *loss, *saved; /* (rows), behind (3, rows) of `saved` if there is a `value`; and (2, rows)
+                         * or (3, rows) */
     void *value;        /* the sum of the losses over `divisor`; NULL: not there */
     double divisor;     /* of the one g of all rows, too */
     const int64_t *order; /* in which losses are added up; NULL: as they are */

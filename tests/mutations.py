@@ -26,7 +26,13 @@ from torch_sce.keras2 import rules
 from torch_sce.kernels import aten, cpu, cpu_targets, head, targets
 from torch_sce.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from torch_sce.options import FLOATS, MEANS
-from torch_sce.reduction import example_means, numerator_and_denominator, reduce, weighted
+from torch_sce.reduction import (
+    divisor_and_factor,
+    example_means,
+    numerator_and_denominator,
+    reduce,
+    weighted,
+)
 
 
 @dataclass
@@ -113,8 +119,8 @@ def _(right, z, *rest):
 
 
 @mistake("exclusive clip bounds", cpu.backward, aten.backward)
-def _(right, g, z, y, counted, clip, in_range, saved):
-    dz = right(g, z, y, counted, clip, in_range, saved)
+def _(right, g, z, y, counted, clip, saved, *rest):
+    dz = right(g, z, y, counted, clip, saved, *rest)
     if clip is None:
         return dz
     low, high = clip
@@ -123,9 +129,9 @@ def _(right, g, z, y, counted, clip, in_range, saved):
 
 
 @mistake("gradient without the clip mask", cpu.backward, aten.backward)
-def _(right, g, z, y, counted, clip, in_range, saved):
+def _(right, g, z, y, counted, clip, saved, *rest):
     everything = None if clip is None else (-torch.inf, torch.inf)
-    return right(g, z, y, counted, everything, in_range, saved)
+    return right(g, z, y, counted, everything, saved, *rest)
 
 
 # Rows with a label
@@ -135,13 +141,17 @@ def _clipped_at_label(z, y, clip):
     return aten.at_label(z, y.clamp(0, z.shape[-1] - 1)).clamp(*clip)
 
 
+def _of_rows(g, y, out=None, divisor=1.0, factor=None):
+    return (g / divisor if factor is None else g / divisor * factor).expand(y.shape)
+
+
 def _add_at_label(dz, y, values):
     return dz.scatter_add(-1, y.clamp(0, dz.shape[-1] - 1).unsqueeze(-1), values.unsqueeze(-1))
 
 
 @mistake("no maximum subtracted", cpu.forward, aten.forward)
-def _(right, z, y, counted, clip, in_range):
-    loss, saved = right(z, y, counted, clip, in_range)
+def _(right, z, y, counted, clip):
+    loss, saved = right(z, y, counted, clip)
     if clip is None:
         label = y.clamp(0, z.shape[-1] - 1)
         naive = z.to(loss.dtype).exp().sum(-1).log() - aten.at_label(z, label)
@@ -150,31 +160,33 @@ def _(right, z, y, counted, clip, in_range):
 
 
 @mistake("logits without the label's entry", cpu.backward, aten.backward)
-def _(right, g, z, y, counted, clip, in_range, saved):
-    dz = right(g, z, y, counted, clip, in_range, saved)
-    return dz if clip else _add_at_label(dz, y, g.to(dz.dtype))  # g p_y, not g (p_y - 1)
+def _(right, g, z, y, counted, clip, saved, *rest):
+    dz = right(g, z, y, counted, clip, saved, *rest)
+    if clip is not None:
+        return dz
+    return _add_at_label(dz, y, _of_rows(g, y, *rest).to(dz.dtype))  # g p_y, not g (p_y - 1)
 
 
 @mistake("probabilities without the label's entry", cpu.backward, aten.backward)
-def _(right, g, z, y, counted, clip, in_range, saved):
-    dz = right(g, z, y, counted, clip, in_range, saved)
+def _(right, g, z, y, counted, clip, saved, *rest):
+    dz = right(g, z, y, counted, clip, saved, *rest)
     if clip is None:
         return dz
-    p = _clipped_at_label(z, y, clip)
+    p, g = _clipped_at_label(z, y, clip), _of_rows(g, y, *rest)
     return _add_at_label(dz, y, (g / p).to(dz.dtype))  # g / s, not g (1 / s - 1 / p)
 
 
 @mistake("ignored rows with a gradient", cpu.backward, aten.backward)
-def _(right, g, z, y, counted, clip, in_range, saved):
-    return right(g, z, y, None, clip, in_range, saved)
+def _(right, g, z, y, counted, clip, saved, *rest):
+    return right(g, z, y, None, clip, saved, *rest)
 
 
 @mistake("upstream gradient not on the label", cpu.backward, aten.backward)
-def _(right, g, z, y, counted, clip, in_range, saved):
-    dz = right(g, z, y, counted, clip, in_range, saved)
+def _(right, g, z, y, counted, clip, saved, *rest):
+    dz = right(g, z, y, counted, clip, saved, *rest)
     if clip is None:
         return dz
-    p = _clipped_at_label(z, y, clip)
+    p, g = _clipped_at_label(z, y, clip), _of_rows(g, y, *rest)
     return _add_at_label(dz, y, ((g - 1) / p).to(dz.dtype))  # g / s - 1 / p
 
 
@@ -243,6 +255,57 @@ def _(right, losses, weight, mask, reduction):
 @mistake("auto is the sum", reduce, features={"reduction": "auto"})
 def _(right, losses, weight, mask, reduction):
     return right(losses, weight, mask, "sum" if reduction == "auto" else reduction)
+
+
+# Averages in one step, of constants that can be read
+
+
+@mistake("one step: the mean over all, whatever counts", kernels.sum_of_losses)
+def _(right, z, y, counted, clip, divisor, *rest):
+    return right(z, y, counted, clip, 1 if divisor == 1 else y.numel(), *rest)
+
+
+@mistake("one step: ignored positions with a loss", kernels.sum_of_losses)
+def _(right, z, y, counted, *rest):
+    return right(z, y.clamp(0, z.shape[-1] - 1), None, *rest)
+
+
+@mistake("one step: no weights", kernels.sum_of_losses)
+def _(right, z, y, counted, clip, divisor, factor, *rest):
+    return right(z, y, counted, clip, divisor, None, *rest)
+
+
+@mistake("one step: no weights in the gradient", cpu.backward)
+def _(right, *arguments):
+    return right(*arguments[:8])
+
+
+@mistake("one step: weights in the denominator of the plain mean", divisor_and_factor)
+def _(right, losses, weight, mask, reduction, count):
+    divisor, factor = right(losses, weight, mask, reduction, count)
+    if reduction in MEANS and factor is not None:
+        divisor = float(factor.sum())
+    return divisor, factor
+
+
+@mistake(
+    "one step: half a mask counted whole", divisor_and_factor, features={"dtype of mask": "half"}
+)
+def _(right, losses, weight, mask, reduction, count):
+    if reduction in MEANS and mask is not None:
+        mask = mask.bool()
+    return right(losses, weight, mask, reduction, count)
+
+
+@mistake(
+    "one step: a scalar weight divided as often as it counts",
+    divisor_and_factor,
+    features={"reduction": "mean_with_sample_weight", "sample_weight": "scalar"},
+)
+def _(right, losses, weight, mask, reduction, count):
+    if reduction == "mean_with_sample_weight" and weight is not None:
+        weight = weight.expand(losses.shape)
+    return right(losses, weight, mask, reduction, count)
 
 
 # Shapes, labels and dtypes

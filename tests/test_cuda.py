@@ -16,7 +16,7 @@ from torch_sce.kernels.cuda import LONG, PROGRAMS, TILE, WIDE, Tile, choose_tile
 
 def loss_and_gradient(z, y, g, clip):
     """Both passes on z with its strides."""
-    given = (z, y, counted_in(y), clip, False)
+    given = (z, y, counted_in(y), clip)
     loss, saved = cuda.forward(*given)
     return loss, cuda.backward(g, *given, saved)
 
@@ -432,7 +432,7 @@ def test_smoothed_labels_have_the_bits_of_one_hot_targets(classes, layout, model
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_of_smoothed_labels_may_be_written_over_their_predictions(model, small_tiles):
     z, y, _, g, counted = smoothed_rows((5, 50), model)
-    module, given = SmoothedLabels(cuda_targets, 0.1), (y, counted, MODELS[model], False)
+    module, given = SmoothedLabels(cuda_targets, 0.1), (y, counted, MODELS[model])
     _, saved = module.forward(z, *given)
     want = module.backward(g, z, *given, saved)
     assert torch.equal(module.backward(g, z, *given, saved, z), want)

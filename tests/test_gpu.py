@@ -106,7 +106,7 @@ def test_the_same_bits_twice(model, shape):
     z, y, g = rows(shape[1], model, shape[:1])
     results = []
     for _ in range(3):
-        given = (z, y, None, MODELS[model], False)
+        given = (z, y, None, MODELS[model])
         loss, saved = cuda.forward(*given)
         results.append((loss, cuda.backward(g, *given, saved)))
     first, *others = results
@@ -124,11 +124,11 @@ def test_more_than_2_to_the_31_elements(channels_first):
     if channels_first:
         z = z.t().contiguous().t()
     g = torch.ones(65537)
-    loss, saved = cuda.forward(z, labels, None, None, False)
-    small, small_saved = cuda.forward(ends, y, None, None, False)
+    loss, saved = cuda.forward(z, labels, None, None)
+    small, small_saved = cuda.forward(ends, y, None, None)
     torch.testing.assert_close(torch.cat([loss[:3], loss[part]]), small, rtol=1e-6, atol=1e-6)
-    dz = cuda.backward(g, z, labels, None, None, False, saved)
-    small_dz = cuda.backward(g[:6], ends, y, None, None, False, small_saved)
+    dz = cuda.backward(g, z, labels, None, None, saved)
+    small_dz = cuda.backward(g[:6], ends, y, None, None, small_saved)
     torch.testing.assert_close(torch.cat([dz[:3], dz[part]]), small_dz, rtol=1e-3, atol=1e-7)
 
 

@@ -39,8 +39,7 @@ def counted_in(y):
 
 def row_losses(z, y, clip=None):
     """As `samples` prepares them where it can read the labels, except those outside [0, C)."""
-    in_range = not kernels.is_traced() and bool(((y >= 0) & (y < z.shape[-1])).all())
-    return kernels.row_losses(z, y, counted_in(y), clip, in_range)
+    return kernels.row_losses(z, y, counted_in(y), clip)
 
 
 def definition(z, y, clip=None):
@@ -307,7 +306,7 @@ def test_gradients_may_be_written_over_their_predictions(model, dtype):
         y[0], g[1] = IGNORED, 0
         gaps = torch.nn.functional.pad(z, (1, 2))[:, 1:-2]
         for z in (z.clone(), z.t().contiguous().t(), gaps):  # noqa: B020
-            options = (y, counted_in(y), clip, False)
+            options = (y, counted_in(y), clip)
             module = kernels.kernels_for(z)
             _, saved = module.forward(z, *options)
             want = module.backward(g, z, *options, saved)
@@ -521,15 +520,14 @@ def test_a_default_device_or_dtype_changes_nothing():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_what_is_known_of_the_labels_changes_no_bit(model):
+def test_labels_of_rows_that_do_not_count_change_no_bit(model):
     z, y, g = large(model)
     y[::3] = IGNORED
     counted, clip = y != IGNORED, MODELS[model]
-    classes = y.masked_fill(~counted, 0)
     results = []
-    for label, in_range in ((y, False), (classes, False), (classes, True)):
+    for label in (y, y.masked_fill(~counted, 2**62), y.masked_fill(~counted, 0)):
         leaf = z.clone().requires_grad_()
-        losses = kernels.row_losses(leaf, label, counted, clip, in_range)
+        losses = kernels.row_losses(leaf, label, counted, clip)
         results.append((losses.detach(), *torch.autograd.grad(losses, leaf, g)))
     first, *others = results
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
@@ -647,7 +645,7 @@ def test_the_summary_is_what_is_saved(classes, model, kernels_):
     if model == "logits":
         z[1, 1] = -torch.inf
     counted = y != IGNORED
-    found = Summary(*kernels_.forward(z, y, counted, clip, False)[1])
+    found = Summary(*kernels_.forward(z, y, counted, clip)[1])
     want = aten.summarize(z.double(), y, clip)
     if clip is not None and found.m.numel() == 0:
         found = found._replace(m=torch.zeros_like(found.r))  # they are known, and not stored

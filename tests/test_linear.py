@@ -797,7 +797,7 @@ def test_operators_are_declared_as_they_are(dtype):
     for softcap, masked, bias, smoothing in ((None, False, True, 0.0), (2.0, True, False, 0.1)):
         p = problem(dtype=dtype, bias=bias)
         counted = torch.arange(11) % 3 != 1 if masked else None
-        options = (p.y, counted, softcap, dtype, torch.float32, 500, False, None, [], smoothing)
+        options = (p.y, counted, softcap, dtype, torch.float32, 500, None, [], smoothing)
         q = leaves(p)
         library.opcheck(head.losses, (q.hidden, q.weight, q.bias, *options))
         for needs in ([True, True, bias], [False, True, False], [True, False, False]):

@@ -567,10 +567,10 @@ def test_there_is_work_for_64_threads(of_targets, backward, shape):
 
 def test_subnormal_halves_are_read_where_the_processor_flushes_subnormal_floats():
     q = torch.tensor([[3e-5, 0.9]], dtype=torch.float16)
-    want = cpu.forward(q, torch.tensor([0]), None, CLIP[torch.float16], True)[0]
+    want = cpu.forward(q, torch.tensor([0]), None, CLIP[torch.float16])[0]
     assert torch.set_flush_denormal(True)
     try:
-        found = cpu.forward(q, torch.tensor([0]), None, CLIP[torch.float16], True)[0]
+        found = cpu.forward(q, torch.tensor([0]), None, CLIP[torch.float16])[0]
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(found, want) and 10 < found < 11

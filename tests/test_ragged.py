@@ -83,16 +83,19 @@ def padded(values, lengths, fill):
 
 
 class Problem:
-    """Arguments for N positions, example by example."""
+    """Arguments for N positions, example by example, or for (N, *inner)."""
 
-    def __init__(self, lengths=LENGTHS, classes=5, targets=False, from_logits=True, seed=0):
+    def __init__(
+        self, lengths=LENGTHS, classes=5, targets=False, from_logits=True, seed=0, inner=()
+    ):
         generator = torch.Generator().manual_seed(seed)
-        N, self.lengths = sum(lengths), list(lengths)
+        self.lengths, self.inner = list(lengths), inner
         self.targets, self.from_logits = targets, from_logits
-        self.z = torch.randn(N, classes, generator=generator) * 3
-        self.y = torch.randint(classes, (N,), generator=generator)
+        N = (sum(lengths), *inner)
+        self.z = torch.randn(*N, classes, generator=generator) * 3
+        self.y = torch.randint(classes, N, generator=generator)
         if targets:
-            self.y = torch.randn(N, classes, generator=generator).softmax(-1)
+            self.y = torch.randn(*N, classes, generator=generator).softmax(-1)
         if not from_logits:
             self.z = self.z.softmax(-1)
         self.w = torch.rand(N, generator=generator) + 0.1
@@ -131,9 +134,12 @@ class Problem:
         def whole(x, fill) -> Any:
             if x is None or x.ndim == 0:
                 return x
-            return padded(x, self.lengths, fill)[0] if len(x) == len(leaf) else x[:, None]
+            if len(x) == len(leaf):
+                return padded(x, self.lengths, fill)[0]
+            return x.view(-1, 1, *[1] * len(self.inner))
 
-        counts = exists if mask is None else exists & whole(mask, 0).bool()
+        counts = exists.view(*exists.shape, *[1] * len(self.inner))
+        counts = counts if mask is None else counts & whole(mask, 0).bool()
         value = loss(y, z, whole(weight, torch.nan), counts)
         return self.differentiated(
             loss, jagged(value[exists], self.lengths) if value.ndim else value, leaf
@@ -146,7 +152,7 @@ def calls(draw):
     lengths = draw(st.lists(st.integers(0, 4), max_size=4))
     targets, from_logits = draw(st.booleans()), draw(st.booleans())
     problem = Problem(lengths, draw(st.sampled_from([1, 3, 40])), targets, from_logits,
-                      draw(st.integers(0, 99)))  # fmt: skip
+                      draw(st.integers(0, 99)), draw(st.sampled_from([(), (2,)])))  # fmt: skip
     options = {
         "reduction": draw(st.sampled_from(REDUCTIONS)),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
@@ -201,21 +207,22 @@ def test_a_dense_batch_and_the_others_have_the_same_bits(reduction, targets, cla
             assert torch.equal(found, value) and torch.equal(gradient, dz)
 
 
+@pytest.mark.parametrize("inner", [(), (3,), (2, 1)])
 @pytest.mark.parametrize("reduction", ["mean", "mean_with_sample_weight"])
-def test_a_packed_sequence_is_added_up_example_by_example(reduction):
+def test_a_packed_sequence_is_added_up_example_by_example(reduction, inner):
     """Its positions are step by step, and 5000 losses in another order have another sum.
 
-    Without weights they are added up in float64, where a huge one tells: what follows it is lost.
+    They are added up in float64, where a huge one tells: what follows it is lost.
     """
     lengths = torch.randint(1, 100, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-    problem = Problem(lengths)
+    problem = Problem(lengths, inner=inner)
     loss = problem.loss(reduction)
     for weight in (None, problem.w, problem.of_examples):
         results = [problem.result(loss, way, weight, problem.mask) for way in WAYS.values()]
         assert all(
             torch.equal(a, b) for each in results for a, b in zip(each, results[0], strict=True)
         )
-    problem.z[lengths[0] - 1, 1], problem.y[lengths[0] - 1] = 1e17, 0
+    problem.z[lengths[0] - 1, ..., 1], problem.y[lengths[0] - 1] = 1e17, 0
     packed = [in_sequence(x, lengths) for x in (problem.y, problem.z)]
     wide = problem.loss(reduction, dtype="float64")
     assert wide(*(x.data for x in packed)) != wide(*packed)

@@ -1,5 +1,7 @@
 """The sum of losses in one step is that of the losses, with every derivative."""
 
+import itertools
+
 import pytest
 import torch
 from test_kernels import MODELS, rows
@@ -7,6 +9,8 @@ from test_kernels import MODELS, rows
 import torch_sce
 from torch_sce import SparseCategoricalCrossentropy, kernels
 from torch_sce.kernels import aten, row_losses, sum_of_losses
+from torch_sce.options import REDUCTIONS
+from torch_sce.reduction import reduce
 
 SHAPES = [(), (1,), (33,), (5000,), (3, 1023), (0,)]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -15,29 +19,81 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_the_sum_of_the_losses_with_their_gradient(shape, dtype, model):
-    z, y, _ = rows(7, model, shape=shape, dtype=dtype)
+@pytest.mark.parametrize("classes", [7, 200])
+def test_it_is_the_weighted_sum_of_the_losses_with_their_gradient(classes, shape, dtype, model):
+    z, y, g = rows(classes, model, shape=shape, dtype=dtype)
     n = max(y.numel(), 1)
-    leaf, other = z.clone().requires_grad_(), z.clone().requires_grad_()
-    value = sum_of_losses(leaf, y, MODELS[model], n)
-    losses = row_losses(other, y, None, MODELS[model])
-    assert value.dtype == losses.dtype == aten.row_dtype(z) and value.shape == ()
-    exact = losses.double().sum().to(value.dtype) / n
-    # Of float64, and without the extension, PyTorch's or the lanes' sums are rounded, too.
-    rounding = 1e-15 if dtype == torch.float64 else 0 if kernels.native else 5e-7
-    torch.testing.assert_close(value, exact, rtol=rounding, atol=0)
-    g = torch.tensor(0.7, dtype=value.dtype)
-    (dz,) = torch.autograd.grad(value, leaf, g)
-    (want,) = torch.autograd.grad(losses, other, (g / n).expand(losses.shape))
-    assert torch.equal(dz, want)
+    some, factors = y % 3 != 0, g.to(aten.row_dtype(z))
+    for counted, factor in itertools.product((None, some), (None, factors)):
+        leaf, other = z.clone().requires_grad_(), z.clone().requires_grad_()
+        value = sum_of_losses(leaf, y, counted, MODELS[model], n, factor)
+        losses = row_losses(other, y, counted, MODELS[model])
+        assert value.dtype == losses.dtype == aten.row_dtype(z) and value.shape == ()
+        terms = losses.double() * (1 if factor is None else factor.double())
+        exact = terms.sum().to(value.dtype) / n
+        # Of float64, and without the extension, PyTorch's or the lanes' sums are rounded, too.
+        rounding = 2e-15 if dtype == torch.float64 else 0 if kernels.native else 5e-7
+        most = rounding * terms.detach().abs().sum().item() / n
+        torch.testing.assert_close(value, exact, rtol=0, atol=most)
+        g = torch.tensor(0.7, dtype=value.dtype)
+        (dz,) = torch.autograd.grad(value, leaf, g)
+        of_rows = g / n if factor is None else g / n * factor
+        (want,) = torch.autograd.grad(losses, other, of_rows.expand(losses.shape))
+        assert torch.equal(dz, want)
+
+
+# Of losses (4, 5): what a user may pass as a weight or as a mask.
+WEIGHTS = {
+    "none": lambda x: None,
+    "each": lambda x: x,
+    "negative": lambda x: x - 0.5,
+    "halves": lambda x: (x * 2).round() / 2,
+    "bools": lambda x: x > 0.5,
+    "integers": lambda x: (x * 3).long(),
+    "one": lambda x: x[0, 0],
+    "a number": lambda x: 0.25,
+    "for each step": lambda x: x[:1],
+    "for each example": lambda x: x[:, :1],
+    "zeros": lambda x: x * 0,
+    "nan": lambda x: torch.where(x > 0.9, torch.nan, x),
+    "a leaf": lambda x: x.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("mask", [name for name in WEIGHTS if name != "nan"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_loss_is_what_its_reduction_makes_of_the_losses(weight, mask):
+    """In one step, where values can be read and are constants, or in several."""
+    drawn = torch.Generator().manual_seed(0)
+    steps = set()
+    for reduction, ignored, model in itertools.product(REDUCTIONS, (None, -1), MODELS):
+        loss = SparseCategoricalCrossentropy(model == "logits", ignored, reduction)
+        z, y, _ = rows(6, model, shape=(4, 5))
+        y = torch.where(torch.rand(4, 5, generator=drawn) < 0.3, -1, y) if ignored else y
+        given = [WEIGHTS[x](torch.rand(4, 5, generator=drawn)) for x in (weight, mask)]
+        leaves = [z.requires_grad_()]
+        leaves += [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+        samples = loss._prepare(y, z, given[0], given[1], torch.float32)
+        value = loss(y, z, *given)
+        want = reduce(loss._losses(samples), samples.weight, samples.mask, reduction)
+        steps.add(type(value.grad_fn).__name__)
+        torch.testing.assert_close(value, want, rtol=5e-6, atol=1e-6, equal_nan=True)
+        options = {"grad_outputs": torch.full_like(want, 0.7), "allow_unused": True}
+        found = torch.autograd.grad(value, leaves, **options)
+        right = torch.autograd.grad(want, leaves, **options)
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, equal_nan=True)
+    in_one = kernels.native and "a leaf" not in (weight, mask)
+    assert ("_SumOfLossesBackward" in steps) == in_one
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_order_is_that_in_which_losses_are_added_up(model):
-    z, y, _ = rows(7, model, shape=(3000,), dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(3000,), (3000, 2), (3000, 1, 3)])
+def test_the_order_is_that_in_which_losses_are_added_up(shape, model):
+    z, y, factor = rows(7, model, shape=shape, dtype=torch.float64)
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
-    a = sum_of_losses(z, y, MODELS[model], 3, order)
-    b = sum_of_losses(z[order], y[order], MODELS[model], 3)
+    a = sum_of_losses(z, y, None, MODELS[model], 3, factor, order)
+    b = sum_of_losses(z[order], y[order], None, MODELS[model], 3, factor[order])
     assert torch.equal(a, b)
 
 
@@ -45,12 +101,15 @@ def test_the_order_is_that_in_which_losses_are_added_up(model):
 def test_derivatives_match_finite_differences(model):
     z, y, _ = rows(5, model, shape=(4,), dtype=torch.float64)
 
-    def value(z):
-        return sum_of_losses(z, y, MODELS[model], 3)
-
+    counted, factor = torch.tensor([True, True, False, True]), torch.tensor([2, -1, torch.nan, 0.5])
     leaf = z.requires_grad_()
-    assert torch.autograd.gradcheck(value, leaf, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(value, leaf)
+    for some, each in ((None, None), (counted, None), (counted, factor.double().nan_to_num(0))):
+
+        def value(z, some=some, each=each):
+            return sum_of_losses(z, y, some, MODELS[model], 3, each)
+
+        assert torch.autograd.gradcheck(value, leaf, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(value, leaf)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -193,7 +193,7 @@ def test_smoothed_labels_have_the_bits_of_one_hot_targets(classes, model, dtype,
     clip = None if model == "logits" else CLIP[dtype]
     found = []
     for losses in (
-        lambda z: row_losses(z, y, counted, clip, False, smoothing),
+        lambda z: row_losses(z, y, counted, clip, smoothing),
         lambda z: target_losses(z, hot, counted, clip, smoothing),
     ):
         leaf = z.clone().requires_grad_()
@@ -219,7 +219,7 @@ def test_derivatives_of_smoothed_labels_match_finite_differences(model, path):
 
     def losses(z):
         z = torch.where(counted.unsqueeze(-1), z, torch.nan)
-        return row_losses(z, y, counted, clip, False, 0.1)
+        return row_losses(z, y, counted, clip, 0.1)
 
     z = z.detach().nan_to_num(0.5).requires_grad_()
     assert gradcheck(losses, z, check_forward_ad=True, check_batched_grad=True)
@@ -232,7 +232,7 @@ def test_a_smoothed_label_that_is_no_class_poisons_its_row_and_no_other(model, p
     y = torch.zeros(3, 4, dtype=torch.int64)
     y[0, 1], y[1, 2], y[2, 3] = 7, -1, 2**62
     z.requires_grad_()
-    loss = row_losses(z, y, None, MODELS[model], False, 0.1)
+    loss = row_losses(z, y, None, MODELS[model], 0.1)
     (dz,) = torch.autograd.grad(loss, z, g)
     assert torch.equal(loss.isnan(), y != 0)
     assert torch.equal(dz.isnan().all(-1), y != 0) and torch.equal(dz.isnan().any(-1), y != 0)
@@ -244,7 +244,7 @@ def test_smoothed_labels_and_minus_infinity(smoothing, path):
     z = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, 2.0, -torch.inf], [-torch.inf] * 3])
     z, y = z.requires_grad_(), torch.tensor([0, 2, 1])
     want = target_losses(z, torch.eye(3)[y], None, None, smoothing)
-    loss = row_losses(z, y, None, None, True, smoothing)
+    loss = row_losses(z, y, None, None, smoothing)
     assert loss[:2].tolist() == [torch.inf] * 2 and loss[2].isnan()
     (dz,), (want_dz,) = (torch.autograd.grad(x.sum(), z) for x in (loss, want))
     assert dz[:2].isfinite().all()
@@ -258,7 +258,7 @@ def test_gradients_of_smoothed_labels_may_be_written_over_their_predictions(mode
     for dtype, classes in product((torch.float32, torch.float64, torch.bfloat16), (7, 300)):
         z, *_ = rows(classes, model, (6,), dtype)
         y, counted = torch.arange(6), torch.arange(6) != 2
-        given = (y, counted, None if model == "logits" else CLIP[dtype], False)
+        given = (y, counted, None if model == "logits" else CLIP[dtype])
         # Those of any device add up a copy of the rows, in another order if it has other strides.
         for z in (z, z.t().contiguous().t()) if path == "cpu" else (z,):  # noqa: B020
             module = SmoothedLabels(kernels.target_kernels(z, y), 0.1)
@@ -276,7 +276,7 @@ def test_functional_transforms_of_smoothed_labels_agree_with_autograd(model):
     y, clip = torch.tensor([0, 4, 2, 2]), MODELS[model]
 
     def total(z, y, g):
-        return row_losses(z, y, None, clip, True, 0.1) * g
+        return row_losses(z, y, None, clip, 0.1) * g
 
     each = torch.func.vmap(torch.func.grad(total))(z, y, g)
     leaf = z.clone().requires_grad_()

@@ -77,7 +77,7 @@ def sparse_categorical_crossentropy(
         ignore_class=parse_ignore_class(ignore_class),
     )
     z, y, counted, clip = samples.z, samples.y, samples.counted, samples.clip
-    losses = row_losses(z, y, counted, clip, samples.in_range, label_smoothing)
+    losses = row_losses(z, y, counted, clip, label_smoothing)
     return restored(losses, y_pred)
 
 

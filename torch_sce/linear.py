@@ -396,7 +396,7 @@ def _by_definition(
     z, y, counted = samples.z, samples.y, samples.counted
     if shard is not None:
         return samples, shard_losses(z, y, counted, None, shard)
-    return samples, row_losses(z, y, counted, None, samples.in_range, options.smoothing)
+    return samples, row_losses(z, y, counted, None, options.smoothing)
 
 
 def _logits(given: _Given, options: _Options) -> Tensor:
@@ -449,9 +449,7 @@ def _gradients_are_known(given: _Given, samples: Samples) -> bool:
     return any(x is not None and x.requires_grad for x in given)
 
 
-def _inputs(
-    given: _Given, y: Tensor, counted: Tensor | None, in_range: bool, options: _Options
-) -> head.Head:
+def _inputs(given: _Given, y: Tensor, counted: Tensor | None, options: _Options) -> head.Head:
     hidden, weight, bias = given
     compute = given.compute()
     default = CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK
@@ -466,7 +464,6 @@ def _inputs(
         compute,
         _seen(compute, options),
         options.chunk_bytes or default,
-        in_range,
         None if shard is None else shard.group.group_name,
         () if shard is None else list(shard[1:]),
         options.smoothing,
@@ -500,7 +497,7 @@ def _of_rank(given: _Given, samples: Samples, options: _Options) -> _OfRank:
     def whole(losses: Tensor) -> Tensor:
         return together(losses.view(y.shape))
 
-    return _OfRank(given, _inputs(given, y, counted, samples.in_range, options), rows, whole)
+    return _OfRank(given, _inputs(given, y, counted, options), rows, whole)
 
 
 def _losses(given: _Given, samples: Samples, options: _Options) -> Tensor:

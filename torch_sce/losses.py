@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
@@ -18,7 +18,8 @@ from .distributed import (
     reduced,
     unchanged,
 )
-from .kernels import row_losses, sum_of_losses, target_losses
+from .kernels import needs_definition, row_losses, sum_of_losses, target_losses
+from .kernels.aten import row_dtype
 from .kernels.shards import Slice, shard_losses
 from .options import (
     MEANS,
@@ -36,7 +37,7 @@ from .options import (
     typed_as,
 )
 from .ragged import restored
-from .reduction import divisor_of, reduce
+from .reduction import counts_positions, divisor_and_factor, divisor_of, reduce
 from .samples import Samples, class_axis, parse_class_weight, prepare, prepare_targets
 
 
@@ -351,20 +352,55 @@ class SparseCategoricalCrossentropy(WithSlices, _Loss):
         shard = self._slice(z, -1)
         if shard is not None:
             return shard_losses(z, y, counted, clip, shard)
-        return row_losses(z, y, counted, clip, samples.in_range, self.label_smoothing)
+        return row_losses(z, y, counted, clip, self.label_smoothing)
 
     def _reduced(self, samples: Samples) -> Tensor:
-        z, y, clip, order = samples.z, samples.y, samples.clip, samples.order
-        is_bare = samples.in_range and samples.weight is samples.mask is self.class_group is None
-        if not is_bare or self.label_smoothing or self.reduction in ("none", None):
+        sum_ = self._one_sum(samples)
+        if sum_ is None:
             return super()._reduced(samples)
-        return sum_of_losses(z, y, clip, divisor_of(y.numel(), self.reduction), order)
+        z, y, counted = samples.z, samples.y, samples.counted
+        return sum_of_losses(z, y, counted, samples.clip, *sum_, samples.order)
+
+    def _one_sum(self, samples: Samples) -> tuple[float, Tensor | None] | None:
+        """What the sum of the losses is divided by, and the factor of each, None for 1.
+
+        None: the value is not a sum of constants that can be read, times the losses.
+        """
+        number, reduction = samples.number, self.reduction
+        if number is None or self.label_smoothing or reduction in ("none", None):
+            return None
+        if self.class_group is not None:
+            return None
+        if samples.weight is None and counts_positions(samples.mask, reduction):
+            return divisor_of(number, reduction), None
+        if not _are_constants(samples.weight, samples.mask):
+            return None
+        given = samples.reducible(_like_losses(samples.y.shape, row_dtype(samples.z)))
+        divisor, factor = divisor_and_factor(*given, reduction, number)
+        if divisor == 0:  # `reduce` has the rule
+            return None
+        if factor is not None and samples.order is not None:
+            factor = torch.empty_like(factor).index_copy_(0, samples.order, factor)
+        return divisor, factor
 
     def _slice(self, y_pred: ArrayLike, axis: int) -> Slice | None:
         """Which classes this rank has; None: all of them."""
         if self.class_group is None:
             return None
         return self._slice_of("y_pred", y_pred, lambda z: z.shape[class_axis(axis, z)])
+
+
+@lru_cache(maxsize=64)
+def _like_losses(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape and dtype, whose values say nothing."""
+    return torch.zeros((), dtype=dtype, device="cpu").expand(shape)
+
+
+def _are_constants(*tensors: Tensor | None) -> bool:
+    """Whether values can be read, and no derivative with respect to them is asked for."""
+    return not needs_definition(*tensors) and not any(
+        x is not None and x.requires_grad for x in tensors
+    )
 
 
 class CategoricalCrossentropy(_Loss):

@@ -426,7 +426,7 @@ class SparseCategoricalCrossentropy(_Mean):
         options: dict[str, Any] = {**self.options, "broadcast": over_leading_axes}
         samples = prepare(y_true, y_pred, mask=mask, **options)
         z, y, counted = samples.z, samples.y, samples.counted
-        return row_losses(z, y, counted, samples.clip, samples.in_range), samples.kept
+        return row_losses(z, y, counted, samples.clip), samples.kept
 
 
 class CategoricalCrossentropy(_Mean):

@@ -51,12 +51,17 @@ def reduce(
     return quotient(*parts, reduction)
 
 
-def divisor_of(losses: int, reduction: str | None) -> int:
-    """The number that the sum of so many losses is divided by, of which none has a mask.
+def divisor_of(count: int, reduction: str | None) -> int:
+    """The number that the sum of the losses of so many positions is divided by.
 
     Weights are not in it: with "mean_with_sample_weight" it is that of losses without them.
     """
-    return 1 if reduction == "sum" else max(losses, 1)
+    return 1 if reduction == "sum" else max(count, 1)
+
+
+def counts_positions(mask: Tensor | None, reduction: str | None) -> bool:
+    """Whether a mask only says which positions count, and how many they are."""
+    return mask is None or (mask.dtype == torch.bool and reduction != "mean_with_sample_weight")
 
 
 def weighted(
@@ -73,12 +78,46 @@ def numerator_and_denominator(
     """The numerator and denominator of a mean or a sum, two scalars; that of a sum is 1."""
     factor = _factor(losses, sample_weight, mask, reduction)
     total = (losses if factor is None else losses * factor).sum()
+    count = _denominator(losses, factor, sample_weight, mask, reduction)
+    return total, count if isinstance(count, Tensor) else torch.full_like(total, count)
+
+
+def divisor_and_factor(
+    losses: Tensor,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str | None,
+    count: int,
+) -> tuple[float, Tensor | None]:
+    """What the sum of the losses is divided by, and what each is multiplied by, None for 1.
+
+    `losses` has their shape and dtype, of which `count` count; the others are 0. Weights and masks
+    are constants that can be read.
+    """
+    factor = None
+    if sample_weight is not None or reduction not in MEANS:
+        factor = _factor(losses, sample_weight, mask, reduction)
+    if reduction in MEANS and (mask is None or mask.dtype == torch.bool):
+        divisor = count
+    else:
+        divisor = _denominator(losses, factor, sample_weight, mask, reduction)
+    if factor is not None and factor.shape != losses.shape:
+        factor = factor.expand(losses.shape)
+    return float(divisor), factor
+
+
+def _denominator(
+    losses: Tensor,
+    factor: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str | None,
+) -> Tensor | int:
     if reduction in MEANS and mask is not None:
-        return total, mask_sum(losses, mask)
+        return mask_sum(losses, mask)
     if reduction == "mean_with_sample_weight" and factor is not None:
-        unreduced = is_scalar(losses, sample_weight, mask)
-        return total, torch.ones_like(total) if unreduced else factor.sum()
-    return total, torch.full_like(total, 1 if reduction == "sum" else losses.numel())
+        return 1 if is_scalar(losses, sample_weight, mask) else factor.sum()
+    return 1 if reduction == "sum" else losses.numel()
 
 
 def mask_sum(losses: Tensor, mask: Tensor) -> Tensor:
@@ -170,13 +209,19 @@ def _factor(losses: Tensor, weight: Any, mask: Tensor | None, reduction: Any) ->
 
     Where the mask is 0 the factor is 0, even for an infinite or NaN weight.
     """
+    weight = None if weight is None else weight.to(losses.dtype)
     if mask is None:
-        return None if weight is None else weight.to(losses.dtype)
-    factor = (mask.bool() if reduction in MEANS else mask).to(losses.dtype)
+        return weight
     if weight is None:
-        return factor
-    weight = weight.to(losses.dtype)
+        return (mask.bool() if reduction in MEANS else mask).to(losses.dtype)
+    if _is_binary(mask, reduction):
+        return torch.where(mask.bool(), weight, 0)
+    factor = mask.to(losses.dtype)
     return factor * torch.where(factor == 0, weight.nan_to_num(0.0, 0.0, 0.0), weight)
+
+
+def _is_binary(mask: Tensor, reduction: str | None) -> bool:
+    return mask.dtype == torch.bool or reduction in MEANS
 
 
 def is_scalar(losses: Tensor, weight: Tensor | None, mask: Tensor | None) -> bool:

@@ -10,14 +10,14 @@ hint. The kernels and `reduction` trust what `prepare` returns.
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .arrays import HALVES, ArrayLike, float64_on, floats, to_tensor
 from .kernels import Clip, are_plain, whole_rows
-from .kernels.cpu import are_classes
+from .kernels.cpu import count_labels
 from .options import FLOATS
 from .ragged import packed, place_of
 
@@ -46,7 +46,7 @@ class Samples(NamedTuple):
     weight: Tensor | None  # broadcasts to P
     mask: Tensor | None  # the mask as given, 0 where a label is ignored; broadcasts to P
     clip: Clip  # None for logits, otherwise the bounds of probabilities
-    in_range: bool = False  # whether all of y is known to be in [0, C)
+    number: int | None = None  # how many positions count, if it is known that their y is in [0, C)
     order: Tensor | None = None  # lists the positions example by example; None: as they are
 
     def reducible(self, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -88,46 +88,48 @@ def prepare(
     Raises:
         ValueError, TypeError: as the loss says.
     """
-    if sample_weight is mask is ignore_class is class_weight is classes is None and checks_labels:
-        ready = _as_given(y_true, y_pred, axis, dtype)
-        if ready is not None:
-            y, z = ready
-            require_classes(y, y, None, z.shape[-1], z.ndim - 1, z)
-            clip = None if from_logits else CLIP[dtype or z.dtype]
-            return Samples(z, y, None, None, None, None, clip, True)
-    as_given = y_pred
-    y_true, y_pred, sample_weight, mask, order, _ = packed(
-        y_true, y_pred, sample_weight, mask, axis
-    )
-    y_pred = predictions(y_pred, dtype)
-    given = to_tensor("y_true", y_true, y_pred)
-    axis = class_axis(axis, y_pred)
-    labels = labels_for(given, y_pred, axis)
-    weight, mask = aligned(sample_weight, mask, y_pred, labels.shape, broadcast)
+    as_given, order = y_pred, None
+    ready = _as_given(y_true, y_pred, sample_weight, mask, axis, dtype)
+    if ready is not None:
+        labels, y_pred, weight, mask = ready
+        axis = y_pred.ndim - 1
+    else:
+        y_true, y_pred, sample_weight, mask, order, _ = packed(
+            y_true, y_pred, sample_weight, mask, axis
+        )
+        y_pred = predictions(y_pred, dtype)
+        given = to_tensor("y_true", y_true, y_pred)
+        axis = class_axis(axis, y_pred)
+        labels = labels_for(given, y_pred, axis)
+        weight, mask = aligned(sample_weight, mask, y_pred, labels.shape, broadcast)
     kept = not_ignored(labels, ignore_class)
     mask = combine_masks(mask, kept)
     counted = None if mask is None else mask.bool().expand(labels.shape)
-    y = class_numbers(labels)
-    in_range = checks_labels and values_can_be_read(labels, counted)
-    if in_range:
-        if counted is not None:
-            counted = None if bool(counted.all()) else counted
-            y = y if counted is None else y.masked_fill(~counted, 0)
-        require_classes(labels, y, counted, classes or y_pred.shape[axis], axis, as_given)
+    y = labels if ready is not None else class_numbers(labels)
+    count = None
+    if checks_labels and (ready is not None or values_can_be_read(labels, counted)):
+        C = classes or y_pred.shape[axis]
+        count = count_classes(labels, y, counted, C, axis, as_given)
+        counted = None if count == y.numel() else counted
     if class_weight is not None:
         fits = (classes or y_pred.shape[axis]) if checks_labels else None
         weight = times(weight, weights_of(y, class_weight, fits))
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z = _classes_last(y_pred, axis)
-    return Samples(z, y, counted, kept, weight, mask, clip, in_range, order)
+    return Samples(z, y, counted, kept, weight, mask, clip, count, order)
 
 
 def _as_given(
-    y_true: ArrayLike, y_pred: ArrayLike, axis: int, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor] | None:
-    """Labels and predictions, if they are what the kernels take, whose values can be read.
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
+    sample_weight: ArrayLike | None,
+    mask: ArrayLike | None,
+    axis: int,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """The arguments, if they are tensors that need no conversion and whose values can be read.
 
-    In most calls they are, and there is nothing to convert.
+    In most calls they are.
     """
     if not (isinstance(y_true, Tensor) and isinstance(y_pred, Tensor)):
         return None
@@ -142,7 +144,24 @@ def _as_given(
         and y_true.shape == shape[:-1] != shape
         and 0 not in shape
     )
-    return (y_true, y_pred) if are_ready else None
+    if not are_ready:
+        return None
+    if sample_weight is not None and not _is_as_given(sample_weight, y_true):
+        return None
+    if mask is not None and not _is_as_given(mask, y_true):
+        return None
+    return y_true, y_pred, sample_weight, mask
+
+
+def _is_as_given(value: ArrayLike, labels: Tensor) -> TypeGuard[Tensor]:
+    """Whether a weight or mask has the labels' shape, and needs no conversion."""
+    return (
+        isinstance(value, Tensor)
+        and not value.is_nested
+        and (value.dtype == torch.bool or value.dtype in FLOATS)
+        and value.shape == labels.shape
+        and values_can_be_read(value)
+    )
 
 
 def prepare_targets(
@@ -336,16 +355,18 @@ def class_numbers(labels: Tensor) -> Tensor:
     return found
 
 
-def require_classes(
+def count_classes(
     labels: Tensor, y: Tensor, counted: Tensor | None, C: int, axis: int, y_pred: ArrayLike
-) -> None:
-    """Raises for a label that counts and is outside `[0, C)`; y holds 0 for those that do not.
+) -> int:
+    """How many labels count. Raises for one of them that is outside `[0, C)`.
 
     `y_pred` as it was given says where a label is.
     """
-    if are_classes(y, C):
-        return
-    found = ((y < 0) | (y >= C)).nonzero()
+    count = count_labels(y, counted, C)
+    if count is not None:
+        return count
+    outside = (y < 0) | (y >= C)
+    found = (outside if counted is None else outside & counted).nonzero()
     index = tuple(found[0].tolist())
     label = labels[index].item()
     position = place_of(index, y_pred)

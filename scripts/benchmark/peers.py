@@ -168,7 +168,7 @@ def products(hidden: Tensor, weight: Tensor, passes: str) -> None:
     most = _chunk_rows(
         Head(
             hidden, weight, None, hidden, None, None, hidden.dtype, hidden.dtype,
-            CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK, True,
+            CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK,
         )
     )  # fmt: skip
     rows = _step(len(hidden), most)

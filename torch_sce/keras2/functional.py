@@ -68,7 +68,7 @@ def sparse_categorical_crossentropy(
         ignore_class=parse_ignored(ignore_class),
     )
     z, y, counted = samples.z, samples.y, samples.counted
-    losses = row_losses(z, y, counted, samples.clip, samples.in_range)
+    losses = row_losses(z, y, counted, samples.clip)
     return restored(losses.to(predictions.dtype), y_pred)
 
 

@@ -170,7 +170,7 @@ class SparseCategoricalCrossentropy(_Loss):
 
     def _losses(self, samples: Samples) -> Tensor:
         z, y, counted, clip = samples.z, samples.y, samples.counted, samples.clip
-        return row_losses(z, y, counted, clip, samples.in_range)
+        return row_losses(z, y, counted, clip)
 
 
 class CategoricalCrossentropy(_Loss):

@@ -152,7 +152,7 @@ class SparseCategoricalCrossentropy(_ElementMean, metrics.SparseCategoricalCross
             broadcast=lead_over,
         )
         z, y, counted = samples.z, samples.y, samples.counted
-        return row_losses(z, y, counted, samples.clip, samples.in_range), samples.kept
+        return row_losses(z, y, counted, samples.clip), samples.kept
 
 
 class CategoricalCrossentropy(_ElementMean, metrics.CategoricalCrossentropy):

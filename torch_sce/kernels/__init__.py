@@ -54,12 +54,11 @@ def row_losses(
     y: Tensor,
     counted: Tensor | None = None,
     clip: Clip = None,
-    in_range: bool = False,
     smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of every row, of y's shape: float64 for float64 z, otherwise float32.
 
-    `counted`, `clip` and `in_range` are as `contract.Kernels` has them. With `smoothing` the loss
+    `counted` and `clip` are as `contract.Kernels` has them. With `smoothing` the loss
     is that of smoothed one-hot targets, see `targets`.
     """
     if smoothing:
@@ -72,30 +71,44 @@ def row_losses(
 
             z, y, counted = dtensors.placed(z, y, counted, divides_classes=True)
             kernels = dtensors.Labels(dtensors.classes_of(z))
-            return _RowLosses.apply(z, y, counted, clip, in_range, kernels)
+            return _RowLosses.apply(z, y, counted, clip, kernels)
         z = whole_rows(z)
         return aten.row_losses(z.to(aten.row_dtype(z)), y, counted, clip)
     shape, kernels = y.shape, kernels_for(z)
     if kernels is cpu:
-        return _RowLosses.apply(z, y, counted, clip, in_range, kernels)
+        return _RowLosses.apply(z, y, counted, clip, kernels)
     if y.ndim == 0:
         z, y, counted = z.unsqueeze(0), y.unsqueeze(0), _over(Tensor.unsqueeze, counted, 0)
     elif y.ndim > 1 and z.is_contiguous():
         z, y, counted = z.flatten(0, -2), y.flatten(), _over(Tensor.flatten, counted)
-    return _RowLosses.apply(z, y, counted, clip, in_range, kernels).view(shape)
+    return _RowLosses.apply(z, y, counted, clip, kernels).view(shape)
 
 
 def sum_of_losses(
-    z: Tensor, y: Tensor, clip: Clip, divisor: float, order: Tensor | None = None
+    z: Tensor,
+    y: Tensor,
+    counted: Tensor | None = None,
+    clip: Clip = None,
+    divisor: float = 1.0,
+    factor: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """The sum of the losses of all rows over a number: `row_losses(...).sum() / divisor`.
+    """The weighted sum of all rows' losses over a number: `(row_losses * factor).sum() / divisor`.
 
     All labels are in [0, C). They have been read, so that no mode or transform is active.
-    `order`, (rows,), is that in which the losses are added up, which decides the last bits.
+
+    Args:
+        z, y, counted, clip: as for `row_losses`.
+        divisor: the number.
+        factor: that of each loss, of y's shape and the dtype of the losses; a constant.
+        order: that in which the losses are added up, of y's first axis; it decides the last bits.
     """
     if native and z.is_cpu and _is_plain(z) and not _is_dual(z):
-        return _apply_sum(z, y, clip, divisor, order)
-    losses = row_losses(z, y, None, clip, in_range=True)
+        if order is not None and y.ndim > 1:
+            order = torch.arange(y.numel()).view(len(y), -1)[order].flatten()
+        return _apply_sum(z, y, counted, clip, divisor, factor, order)
+    losses = row_losses(z, y, counted, clip)
+    losses = losses if factor is None else losses * factor
     return (losses if order is None else losses[order]).sum() / divisor
 
 
@@ -191,11 +204,10 @@ class _RowLosses(torch.autograd.Function):
         y: Tensor,
         counted: Tensor | None,
         clip: Clip,
-        in_range: bool,
         kernels: Kernels,
     ) -> Tensor:
-        ctx.kernels, ctx.options = kernels, (clip, in_range)
-        loss, saved = kernels.forward(z, y, counted, clip, in_range)
+        ctx.kernels, ctx.clip = kernels, clip
+        loss, saved = kernels.forward(z, y, counted, clip)
         ctx.save_for_backward(z, y, counted, *saved)
         return loss
 
@@ -203,10 +215,10 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, y, counted, *saved) = upstream, ctx.saved_tensors
         if _needs_expression(g, z, y, counted):
-            dz = _differentiable_gradients(g, z, y, counted, ctx.options[0])
+            dz = _differentiable_gradients(g, z, y, counted, ctx.clip)
         else:
-            dz = ctx.kernels.backward(g, z, y, counted, *ctx.options, tuple(saved))
-        return dz, None, None, None, None, None
+            dz = ctx.kernels.backward(g, z, y, counted, ctx.clip, tuple(saved))
+        return dz, None, None, None, None
 
 
 class _SumOfLosses(torch.autograd.Function):
@@ -214,22 +226,31 @@ class _SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, y: Tensor, clip: Clip, divisor: float, order: Tensor | None
+        ctx: Any,
+        z: Tensor,
+        y: Tensor,
+        counted: Tensor | None,
+        clip: Clip,
+        divisor: float,
+        factor: Tensor | None,
+        order: Tensor | None,
     ) -> Tensor:
         ctx.options = clip, divisor
-        value, (saved,) = cpu.forward_sum(z, y, clip, divisor, order)
-        ctx.save_for_backward(z, y, saved)
+        value, (saved,) = cpu.forward_sum(z, y, counted, clip, divisor, factor, order)
+        ctx.save_for_backward(z, y, counted, factor, saved)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (z, y, saved), (clip, divisor) = upstream, ctx.saved_tensors, ctx.options
+        (g,), (z, y, counted, factor, saved) = upstream, ctx.saved_tensors
+        clip, divisor = ctx.options
         if _needs_expression(g, z, y):
-            g = (g / divisor).expand(y.shape)
-            dz = _differentiable_gradients(g, z, y, None, clip)
+            g = g / divisor
+            g = (g if factor is None else g * factor).expand(y.shape)
+            dz = _differentiable_gradients(g, z, y, counted, clip)
         else:
-            dz = cpu.backward(g, z, y, None, clip, True, (saved,), divisor=divisor)
-        return dz, None, None, None, None
+            dz = cpu.backward(g, z, y, counted, clip, (saved,), None, divisor, factor)
+        return dz, None, None, None, None, None, None
 
 
 _apply_sum = modes.apply_of(_SumOfLosses)

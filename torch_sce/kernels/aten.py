@@ -31,9 +31,7 @@ def row_losses(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip) -> Tens
     return finished(loss, y, counted, z.shape[-1])
 
 
-def forward(
-    z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
-) -> tuple[Tensor, Saved]:
+def forward(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip) -> tuple[Tensor, Saved]:
     """The loss of every row, and its summary."""
     loss, *saved = (torch.empty_like(y, dtype=row_dtype(z)) for _ in range(4))
     for rows in blocks(y.shape, z.shape[-1], block_size(z)):
@@ -42,9 +40,7 @@ def forward(
         loss[rows] = loss_of(summary, clip)
         for whole, part in zip(saved, summary, strict=True):
             whole[rows] = part
-    if not in_range or counted is not None:
-        loss = finished(loss, y, counted, z.shape[-1])
-    return loss, Summary(*saved)
+    return finished(loss, y, counted, z.shape[-1]), Summary(*saved)
 
 
 def backward(
@@ -53,7 +49,6 @@ def backward(
     y: Tensor,
     counted: Tensor | None,
     clip: Clip,
-    in_range: bool,
     saved: Saved,
     out: Tensor | None = None,
 ) -> Tensor:

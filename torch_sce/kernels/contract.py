@@ -55,14 +55,11 @@ class Kernels(Protocol):
     """A module for rows with a label.
 
     `counted`, (...) bool, is false for rows with loss 0 and gradient 0, for any values; None: all
-    count. In a row that counts, a label outside [0, C) makes loss and gradient NaN. `in_range`
-    says that all labels are in [0, C), also those of rows that do not count.
+    count. In a row that counts, a label outside [0, C) makes loss and gradient NaN.
     """
 
     @staticmethod
-    def forward(
-        z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
-    ) -> tuple[Tensor, Saved]:
+    def forward(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip) -> tuple[Tensor, Saved]:
         """The loss of every row, (...), and what `backward` needs: a `Summary`, or less."""
         ...
 
@@ -73,7 +70,6 @@ class Kernels(Protocol):
         y: Tensor,
         counted: Tensor | None,
         clip: Clip,
-        in_range: bool,
         saved: Saved,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -133,7 +129,7 @@ class SmoothedLabels(NamedTuple):
     smoothing: float
 
     def forward(
-        self, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
+        self, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip
     ) -> tuple[Tensor, Saved]:
         return self.kernels.forward(z, y, counted, clip, self.smoothing)
 
@@ -144,7 +140,6 @@ class SmoothedLabels(NamedTuple):
         y: Tensor,
         counted: Tensor | None,
         clip: Clip,
-        in_range: bool,
         saved: Saved,
         out: Tensor | None = None,
     ) -> Tensor:

@@ -93,6 +93,7 @@ typedef struct Job {
     void *value;        /* the sum of the losses over `divisor`; NULL: not there */
     double divisor;     /* of the one g of all rows, too */
     const int64_t *order; /* in which losses are added up; NULL: as they are */
+    const void *factor;   /* of each row's loss in the sum, and of its g; NULL: 1 */
     double *parts;      /* m, r and p of each segment of each row, or NULL */
 } Job;
 
@@ -513,11 +514,11 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     PyObject *clip;
     const char *plan;
     Py_ssize_t size;
-    unsigned long long y, counted, g, loss, saved, value, order, data[TENSORS];
+    unsigned long long y, counted, g, loss, saved, value, order, factor, data[TENSORS];
     (void)self;
-    if (!PyArg_ParseTuple(args, "pLy#(KKKKKKKKKKK)LOdd:run", &backward, &threads, &plan, &size,
+    if (!PyArg_ParseTuple(args, "pLy#(KKKKKKKKKKKK)LOdd:run", &backward, &threads, &plan, &size,
                           &data[Z], &data[T], &data[DZ], &data[DT], &y, &counted, &g, &loss, &saved,
-                          &value, &order, &g_step, &clip, &job.smoothing, &job.divisor))
+                          &value, &order, &factor, &g_step, &clip, &job.smoothing, &job.divisor))
         return NULL;
     read_plan(&job, (const int64_t *)(const void *)plan);
     if (clip != Py_None) {
@@ -534,6 +535,7 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     job.saved = (void *)(uintptr_t)saved;
     job.value = (void *)(uintptr_t)value;
     job.order = (const int64_t *)(uintptr_t)order;
+    job.factor = (const void *)(uintptr_t)factor;
     int64_t behind = 3 * job.rows * SIZE_OF[job.kind[Z] == F64 ? F64 : F32];
     job.loss = value ? (char *)job.saved + behind : (void *)(uintptr_t)loss;
 
@@ -570,24 +572,33 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     return PyLong_FromLongLong(job.units);
 }
 
-/* Whether all of y is in [0, classes). */
-CLONES static bool are_classes(const int64_t *y, int64_t n, int64_t classes)
+/* How many labels count, of which `counted` is NULL if all do; -1 if one is not in [0, classes). */
+CLONES static int64_t count_labels(
+    const int64_t *y, const uint8_t *counted, int64_t n, int64_t classes)
 {
-    int64_t any = 0;
-    _Pragma("omp simd reduction(| : any)")
-    for (int64_t i = 0; i < n; i++)
-        any |= not_class(y[i], classes);
-    return any >= 0;
+    int64_t any = 0, count = counted ? 0 : n;
+    if (counted)
+        _Pragma("omp simd reduction(| : any) reduction(+ : count)")
+        for (int64_t i = 0; i < n; i++) {
+            count += counted[i];
+            any |= not_class(y[i], classes) & -(int64_t)counted[i];
+        }
+    else
+        _Pragma("omp simd reduction(| : any)")
+        for (int64_t i = 0; i < n; i++)
+            any |= not_class(y[i], classes);
+    return any < 0 ? -1 : count;
 }
 
-static PyObject *are_classes_python(PyObject *self, PyObject *args)
+static PyObject *count_labels_python(PyObject *self, PyObject *args)
 {
-    unsigned long long y;
+    unsigned long long y, counted;
     long long n, classes;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KLL:are_classes", &y, &n, &classes))
+    if (!PyArg_ParseTuple(args, "KKLL:count_labels", &y, &counted, &n, &classes))
         return NULL;
-    return PyBool_FromLong(are_classes((const int64_t *)(uintptr_t)y, n, classes));
+    return PyLong_FromLongLong(count_labels(
+        (const int64_t *)(uintptr_t)y, (const uint8_t *)(uintptr_t)counted, n, classes));
 }
 
 static PyObject *prefer_huge_pages_python(PyObject *self, PyObject *args)
@@ -613,8 +624,8 @@ static PyObject *set_threads(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"are_classes", are_classes_python, METH_VARARGS,
-     "Whether labels are in [0, C): their address, how many they are, and C."},
+    {"count_labels", count_labels_python, METH_VARARGS,
+     "How many labels count: the addresses of labels and of bools, how many they are, and C."},
     {"prefer_huge_pages", prefer_huge_pages_python, METH_VARARGS,
      "Before memory is written for the first time: its address and how many bytes."},
     {"run", run_python, METH_VARARGS, "Losses or gradients of rows, see cpu.py; returns the number of units of work."},

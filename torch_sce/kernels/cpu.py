@@ -49,9 +49,7 @@ Steps = tuple[int, ...]  # in elements
 MOST_AXES = 64  # of rows: AXES of cpu.c, which trusts a plan
 
 
-def forward(
-    z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
-) -> tuple[Tensor, Saved]:
+def forward(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip) -> tuple[Tensor, Saved]:
     """The loss of every row; and r, z_y and for logits m of every row."""
     loss, saved = results(z, y.shape, 3 if clip is None else 2)
     run(False, z, y=y, counted=counted, loss=loss, saved=saved, clip=clip)
@@ -59,15 +57,25 @@ def forward(
 
 
 def forward_sum(
-    z: Tensor, y: Tensor, clip: Clip, divisor: float, order: Tensor | None = None
+    z: Tensor,
+    y: Tensor,
+    counted: Tensor | None,
+    clip: Clip,
+    divisor: float,
+    factor: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
     """The sum of all rows' losses, over `divisor`; and what `forward` saves, with the losses last.
 
-    Losses are added up in float64, in the `order` of rows that an int64 tensor lists.
+    Losses are multiplied by the `factor` of their row, and added up in float64, in the `order` of
+    rows that an int64 tensor lists.
     """
     value = torch.empty_like(SCALARS[z.dtype])
     saved = value.new_empty(4 * y.numel())
-    run(False, z, y=y, saved=saved, value=value, order=order, clip=clip, divisor=divisor)
+    run(
+        False, z, y=y, counted=counted, saved=saved, value=value, order=order, factor=factor,
+        clip=clip, divisor=divisor,
+    )  # fmt: skip
     return value, (saved,)
 
 
@@ -83,14 +91,20 @@ def backward(
     y: Tensor,
     counted: Tensor | None,
     clip: Clip,
-    in_range: bool,
     saved: Saved,
     out: Tensor | None = None,
     divisor: float = 1,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """The gradient with respect to z, in z's shape and dtype."""
+    """The gradient with respect to z, in z's shape and dtype.
+
+    A g without axes is that of the sum of all rows' losses times `factor` over `divisor`.
+    """
     dz = empty_like(z) if out is None else out
-    run(True, z, dz=dz, y=y, counted=counted, g=g, saved=saved[0], clip=clip, divisor=divisor)
+    run(
+        True, z, dz=dz, y=y, counted=counted, g=g, saved=saved[0], factor=factor,
+        clip=clip, divisor=divisor,
+    )  # fmt: skip
     return dz
 
 
@@ -119,14 +133,16 @@ def run(
     saved: Tensor,
     value: Tensor | None = None,
     order: Tensor | None = None,
+    factor: Tensor | None = None,
     clip: Clip,
     smoothing: float = 0.0,
     divisor: float = 1.0,
 ) -> int:
     """Calls cpu.c: writes `loss` and `saved`, or for `backward` dz and dt.
 
-    With `value` the sum of the losses over `divisor` is written there, added up in this `order`,
-    and the losses behind three numbers of each row in `saved`. A g without axes is that of `value`.
+    With `value` the sum of the losses times `factor` over `divisor` is written there, added up in
+    this `order`, and the losses behind three numbers of each row in `saved`. A g without axes is
+    that of `value`.
 
     Returns the number of units of work, each of which one thread computes.
     """
@@ -143,6 +159,7 @@ def run(
     # What has an element for each row has them in order, but one g may be that of all rows.
     y = None if y is None else y.contiguous()
     counted = None if counted is None else counted.contiguous()
+    factor = None if factor is None else factor.contiguous()
     saved = saved.contiguous()
     g_step = 0
     if g is not None:
@@ -161,16 +178,27 @@ def run(
         saved.data_ptr(),
         0 if value is None else value.data_ptr(),
         0 if order is None else order.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
     )
     options = (clip, smoothing, divisor)
     return _cpu.run(backward, torch.get_num_threads(), plan, addresses, g_step, *options)
 
 
-def are_classes(y: Tensor, classes: int) -> bool:
-    """Whether all labels y, int64 and on the CPU, are in [0, classes)."""
-    if _cpu is not None and y.is_contiguous():
-        return _cpu.are_classes(y.data_ptr(), y.numel(), classes)
-    return bool(((y >= 0) & (y < classes)).all())
+def count_labels(y: Tensor, counted: Tensor | None, classes: int) -> int | None:
+    """How many labels y count, int64 and on the CPU; None if one that does is not in [0, classes).
+
+    `counted` is as `contract.Kernels` has it.
+    """
+    if _cpu is None:
+        is_class = (y >= 0) & (y < classes)
+        if counted is None:
+            return y.numel() if bool(is_class.all()) else None
+        return int(counted.sum()) if bool((is_class | ~counted).all()) else None
+    y, counted = y.contiguous(), None if counted is None else counted.contiguous()
+    count = _cpu.count_labels(
+        y.data_ptr(), 0 if counted is None else counted.data_ptr(), y.numel(), classes
+    )
+    return None if count < 0 else count
 
 
 def prefer_huge_pages(x: Tensor) -> Tensor:

@@ -387,19 +387,20 @@ static void NAME(merge_segments)(const Job *job)
 /* Writes the sum of the losses over `divisor`: added up in doubles, and rounded as one of REALs. */
 CLONES static void NAME(add_losses)(const Job *job)
 {
-    REAL copy[ROW_STEPS * LANES];
+    const REAL *loss = job->loss, *factor = job->factor;
+    double terms[ROW_STEPS * LANES];
     double total = 0;
     for (int64_t first = 0; first < job->rows; first += ROW_STEPS * LANES) {
         int64_t left = job->rows - first;
         int rows = left < ROW_STEPS * LANES ? (int)left : ROW_STEPS * LANES;
-        const REAL *loss = (const REAL *)job->loss + first;
-        for (int n = 0; n < rows && job->order; n++)
-            copy[n] = ((const REAL *)job->loss)[job->order[first + n]];
-        loss = job->order ? copy : loss;
+        for (int n = 0; n < rows; n++) {
+            int64_t row = job->order ? job->order[first + n] : first + n;
+            terms[n] = factor ? (double)loss[row] * factor[row] : loss[row];
+        }
         double part = 0;
         _Pragma("omp simd reduction(+ : part)")
         for (int n = 0; n < rows; n++)
-            part += loss[n];
+            part += terms[n];
         total += part;
     }
     *(REAL *)job->value = (REAL)total / (REAL)job->divisor;
@@ -446,6 +447,11 @@ INLINE void NAME(group_gradients)(const Job *job, Group *group)
     Block block;
     FOR_LANES(w) g[w] = m[w] = p[w] = 0, r[w] = 1;
     NAME(get)(group, job->g, job->g_step, g);
+    if (job->factor) {
+        REAL factor[LANES] = {0};
+        NAME(get)(group, job->factor, 1, factor);
+        FOR_LANES(w) g[w] *= factor[w];
+    }
     NAME(get)(group, saved, 1, r);
     NAME(get)(group, saved + job->rows, 1, p);
     if (!job->probabilities)

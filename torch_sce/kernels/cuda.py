@@ -62,9 +62,7 @@ class Rows(NamedTuple):
     steps: list[list[int]]  # of each tensor
 
 
-def forward(
-    z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool
-) -> tuple[Tensor, Saved]:
+def forward(z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip) -> tuple[Tensor, Saved]:
     """The loss of every row, and its summary, whose m is empty for probabilities."""
     rows = rows_of(z)
     if len(rows.sizes) > AXES:
@@ -103,7 +101,6 @@ def backward(
     y: Tensor,
     counted: Tensor | None,
     clip: Clip,
-    in_range: bool,
     saved: Saved,
     out: Tensor | None = None,
 ) -> Tensor:

@@ -24,18 +24,14 @@ class Labels(NamedTuple):
 
     shard: Slice | None
 
-    def forward(
-        self, z: Any, y: Any, counted: Any, clip: Clip, in_range: bool
-    ) -> tuple[Tensor, Saved]:
+    def forward(self, z: Any, y: Any, counted: Any, clip: Clip) -> tuple[Tensor, Saved]:
         mine = _parts(z, y, counted)
-        loss, saved = self._kernels(*mine).forward(*mine, clip, in_range)
+        loss, saved = self._kernels(*mine).forward(*mine, clip)
         return losses_of(loss, z), saved
 
-    def backward(
-        self, g: Any, z: Any, y: Any, counted: Any, clip: Clip, in_range: bool, saved: Saved
-    ) -> Tensor:
+    def backward(self, g: Any, z: Any, y: Any, counted: Any, clip: Clip, saved: Saved) -> Tensor:
         g, mine = part_of_rows(g, z), _parts(z, y, counted)
-        return _whole(self._kernels(*mine).backward(g, *mine, clip, in_range, saved), z)
+        return _whole(self._kernels(*mine).backward(g, *mine, clip, saved), z)
 
     def _kernels(self, z: Tensor, y: Tensor, counted: Tensor | None) -> Kernels | SliceKernels:
         kernels = kernels_for(z) if are_plain(z, y, counted) else aten  # for modes

@@ -37,7 +37,7 @@ Needs = Sequence[bool]  # whether x, weight and bias need a gradient
 
 INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor? counted, "
-    "float? softcap, ScalarType compute, ScalarType seen, int chunk_bytes, bool in_range, "
+    "float? softcap, ScalarType compute, ScalarType seen, int chunk_bytes, "
     "str? group=None, int[] part=[], float smoothing=0.0"
 )
 
@@ -49,12 +49,11 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     y: Tensor
-    counted: Tensor | None  # as `contract.Kernels` has it, and `in_range`
+    counted: Tensor | None  # as `contract.Kernels` has it
     softcap: float | None
     compute: torch.dtype  # of the products
     seen: torch.dtype  # of the logits that the loss sees
     chunk_bytes: int  # the size of the workspace
-    in_range: bool
     group: str | None = None  # the name of the ranks' group
     part: Sequence[int] = ()  # the other fields of a `Slice`
     smoothing: float = 0.0  # of labels, if the classes are not divided
@@ -82,7 +81,7 @@ def losses(*inputs: Any) -> Tensor:
     for rows, _, work in _chunks(head):
         z = _seen(work, head)
         y, counted = head.y[rows], _of(head.counted, rows)
-        _put(loss, rows, _kernels(z, head).forward(z, y, counted, None, head.in_range)[0])
+        _put(loss, rows, _kernels(z, head).forward(z, y, counted, None)[0])
     return loss
 
 
@@ -280,9 +279,9 @@ def _loss_and_dz(g: Tensor, rows: Rows, work: Workspace, head: Head) -> tuple[Te
     """The losses of a chunk, and dz in the place of its logits in the workspace."""
     z, y, counted = _seen(work, head), head.y[rows], _of(head.counted, rows)
     kernels = _kernels(z, head)
-    loss, saved = kernels.forward(z, y, counted, None, head.in_range)
+    loss, saved = kernels.forward(z, y, counted, None)
     slope = _slope(z, work, head)
-    dz = kernels.backward(g, z, y, counted, None, head.in_range, saved, z)
+    dz = kernels.backward(g, z, y, counted, None, saved, z)
     dz = dz if slope is None else dz.mul_(slope)
     return loss, _in(work.z, dz)
 

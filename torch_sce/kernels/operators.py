@@ -37,7 +37,7 @@ def _bounds(clip: Sequence[float] | None) -> Clip:
 def _label_losses(
     z: Tensor, y: Tensor, counted: Tensor | None, clip: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
-    loss, saved = cpu.forward(z, y, counted, _bounds(clip), False)
+    loss, saved = cpu.forward(z, y, counted, _bounds(clip))
     return loss, saved[0]
 
 
@@ -60,7 +60,7 @@ def _label_gradients(
     clip: Sequence[float] | None,
     saved: Tensor,
 ) -> Tensor:
-    return cpu.backward(g, z, y, counted, _bounds(clip), False, (saved,))
+    return cpu.backward(g, z, y, counted, _bounds(clip), (saved,))
 
 
 @_label_gradients.register_fake

@@ -83,7 +83,7 @@ class SliceKernels(NamedTuple):
     shard: Slice
 
     def forward(
-        self, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip, in_range: bool = False
+        self, z: Tensor, y: Tensor, counted: Tensor | None, clip: Clip
     ) -> tuple[Tensor, Saved]:
         """The losses of whole rows. Every rank of the group has to call it."""
         mine = self._summary(z, y, counted, clip)
@@ -102,7 +102,7 @@ class SliceKernels(NamedTuple):
             numbers = z.new_tensor((lowest, 0, torch.nan), dtype=aten.row_dtype(z))
             return numbers.view(3, *[1] * y.ndim).expand(3, *y.shape).contiguous()
         y, owns = self._here(z, y)
-        loss, saved = self.kernels.forward(z, y, counted, clip, True)
+        loss, saved = self.kernels.forward(z, y, counted, clip)
         m, r = self.kernels.sums_of(saved)
         q = z.gather(-1, y.unsqueeze(-1)).squeeze(-1).to(loss.dtype)
         r = torch.where(owns, r, r + _term(q, m, clip))
@@ -115,7 +115,6 @@ class SliceKernels(NamedTuple):
         y: Tensor,
         counted: Tensor | None,
         clip: Clip,
-        in_range: bool,
         saved: Saved,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -126,7 +125,7 @@ class SliceKernels(NamedTuple):
         m, r, q = saved
         first = z[..., 0].to(m.dtype, copy=True)  # z may be overwritten
         saved = self.kernels.saved_of(m.to(g.dtype), r.to(g.dtype), q.to(g.dtype), clip)
-        dz = self.kernels.backward(g, z, y, counted, clip, True, saved, out)
+        dz = self.kernels.backward(g, z, y, counted, clip, saved, out)
         slope = g / (r + _term(q, m, clip))
         if clip is None:
             slope = slope * _term(first, m, clip)
@@ -185,7 +184,7 @@ class _ShardLosses(torch.autograd.Function):
                 "a loss with class_group has no batches of gradients (is_grads_batched=True): take "
                 "them one by one"
             )
-        dz = ctx.kernels.backward(g, z, y, counted, ctx.clip, False, tuple(saved))
+        dz = ctx.kernels.backward(g, z, y, counted, ctx.clip, tuple(saved))
         return dz, None, None, None, None
 
 

@@ -160,7 +160,6 @@ def test_an_oracle_that_fails_in_a_process_is_exit_code_3(run, monkeypatch):
     (["--seed", "4"], "has cases of seed 3 up to 19, not asked for here"),
     (["--cases", "10"], "has cases of seed 3 up to 19, not asked for here"),
     (["--filter", "reduction: sum"], "was made with filters [], not ['reduction: sum']"),
-    (["--oracle", "keras-jax"], "was made with oracle float64, not keras-jax"),
 ])  # fmt: skip
 def test_a_run_goes_on_only_with_what_it_began_with(arguments, message, run, at_merge, capsys):
     at_merge(1, interrupt)
@@ -169,6 +168,15 @@ def test_a_run_goes_on_only_with_what_it_began_with(arguments, message, run, at_
         run("found.json", "--resume", *arguments)
     assert stopped.value.code == USAGE
     assert message in capsys.readouterr().err
+
+
+def test_a_run_goes_on_only_with_its_oracle(run, at_merge, capsys, tensorflow):
+    at_merge(1, interrupt)
+    run("found.json")
+    with pytest.raises(SystemExit) as stopped:
+        run("found.json", "--resume", "--oracle", "keras-jax")
+    assert stopped.value.code == USAGE
+    assert "was made with oracle float64, not keras-jax" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "value"), [

@@ -15,8 +15,7 @@ it: on the CPU they raise an error, too, elsewhere their value is NaN.
 
 import itertools
 import math
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
@@ -73,7 +72,7 @@ def reduced(
     """
     reduction, group = loss.reduction, reducing_group(loss)
     device = device_of(y_pred)
-    with shared_errors(group, device):
+    with SharedErrors(group, device):
         given = parse_denominator(denominator, device, reduction)
         divisor = given if group is None else torch.ones((), device=device)
         losses, weight, mask, attached = compute(divisor)
@@ -123,16 +122,23 @@ def require_same_options(loss: WithOptions, name: str, group: Group, **others: A
     compared[name] = group
 
 
-@contextmanager
-def shared_errors(group: Group | None, device: torch.device) -> Generator[None]:
-    """What may raise on this rank, before `_sums`, in which the others wait for it."""
-    try:
-        yield
-    except Exception:
-        if group is not None:
-            parts = torch.tensor([torch.nan, 0, 1, 0], dtype=float64_on(device), device=device)
-            _all_reduce(parts, group)
-        raise
+class SharedErrors:
+    """What may raise on this rank, before `_sums`, in which the others wait for it.
+
+    Not by `contextlib`, which PyTorch 2.6 does not compile.
+    """
+
+    def __init__(self, group: Group | None, device: torch.device) -> None:
+        self.group, self.device = group, device
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *others: Any) -> None:
+        if self.group is not None and kind is not None and issubclass(kind, Exception):
+            dtype = float64_on(self.device)
+            _all_reduce(
+                torch.tensor([torch.nan, 0, 1, 0], dtype=dtype, device=self.device), self.group
+            )
 
 
 def _summands(
@@ -232,7 +238,7 @@ def denominator_of(loss: WithOptions, prepared: Callable[[], Samples], *given: A
     if loss.reduction in ("none", None):
         raise ValueError('a loss with reduction="none" has no denominator')
     group = reducing_group(loss)
-    with shared_errors(group, device_of(*given)):
+    with SharedErrors(group, device_of(*given)):
         samples = prepared()
         z = samples.z
         zeros = z.new_zeros(z.shape[:-1], dtype=float64_on(z.device))
@@ -279,7 +285,7 @@ class WithSlices(WithOptions):
             self._found, self._number = None, next(_NUMBERS)
         if self._found is None:
             positions = x.numel() // max(size, 1)
-            others = {f"{name}.numel() / C": positions} | others
+            others = {f"{name}.numel() / C": positions, **others}
             require_same_options(self, "class_group", group, **others)
             self._found = find_slice(size, x.device, group, self._number)
         if self._found.size != size:  # only this rank knows, so it must not ask the others again

@@ -200,7 +200,8 @@ class LinearSparseCategoricalCrossentropy(WithSlices):
                 numbers of the right kind; other arguments, with ours for PyTorch's names.
         """
 
-        def compute(divisor: Tensor | None) -> Unreduced:
+        # Types as text: PyTorch 2.6 does not compile what computes them.
+        def compute(divisor: "Tensor | None") -> "Unreduced":
             if others:
                 raise self._unexpected(others)
             dense = packed(y_true, hidden, sample_weight, mask, name="hidden")

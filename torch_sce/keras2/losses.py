@@ -66,7 +66,7 @@ class _Loss(WithOptions):
         z = floats(dense.y_pred)
         samples = self._prepare(dense.y_true, z, dense.sample_weight, dense.mask)
         parts = (self._losses(samples), samples.weight, samples.mask)
-        if self.reduction != "none":
+        if dense.order is not None and self.reduction != "none":
             parts = samples._replace(order=dense.order).reducible(parts[0])
         value = reduce(*parts, self.reduction)
         return restored(value.to(z.dtype), y_pred)

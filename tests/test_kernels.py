@@ -38,7 +38,6 @@ def counted_in(y):
 
 
 def row_losses(z, y, clip=None):
-    """As `samples` prepares them where it can read the labels, except those outside [0, C)."""
     return kernels.row_losses(z, y, counted_in(y), clip)
 
 

@@ -142,3 +142,41 @@ def test_weights_of_1_change_only_the_rounding(reduction):
     torch.testing.assert_close(loss(y, z), loss(y, z, torch.ones(40, 50)), rtol=5e-7, atol=0)
     exact = torch_sce.SparseCategoricalCrossentropy(True, reduction=reduction, dtype="float64")
     torch.testing.assert_close(loss(y, z).double(), exact(y, z), rtol=2e-7, atol=0)
+
+
+KINDS = ["labels", "weights", "mask"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_read_as_pytorch_has_them(kind):
+    """Negated without a copy, or with bytes other than 0 and 1 in a tensor of bools."""
+    z, y, weight = rows(6, "logits", shape=(4, 5))
+    mask = torch.arange(20).view(4, 5) % 3 != 0
+    negated = torch._neg_view
+    other = {
+        "labels": (negated(-y), weight, mask),
+        "weights": (y, negated(-weight), mask),
+        "mask": (y, weight, (mask * torch.tensor(2, dtype=torch.uint8)).view(torch.bool)),
+    }[kind]
+    for reduction, with_mask in itertools.product(REDUCTIONS, (False, True)):
+        loss = SparseCategoricalCrossentropy(True, reduction=reduction)
+        found, want = (
+            loss(y, z, weight, mask if with_mask else None)
+            for y, weight, mask in (other, (y, weight, mask))
+        )
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 2], []])
+def test_a_packed_sequence_has_any_default_device_and_length(lengths):
+    sizes = torch.tensor([sum(n > step for n in lengths) for step in range(3) if lengths])
+    z, y, weight = rows(6, "logits", shape=(sum(lengths), 2))
+    y, z, weight = (
+        torch.nn.utils.rnn.PackedSequence(x, sizes.long(), *[torch.arange(len(lengths))] * 2)
+        for x in (y, z, weight)
+    )
+    for reduction in (name for name in REDUCTIONS if name not in ("none", None)):
+        loss = SparseCategoricalCrossentropy(True, reduction=reduction)
+        want = loss(y, z, weight)
+        with torch.device("meta"):
+            assert torch.equal(loss(y, z, weight), want) and want.isfinite()

@@ -51,12 +51,12 @@ def reduce(
     return quotient(*parts, reduction)
 
 
-def divisor_of(count: int, reduction: str | None) -> int:
+def divisor_of(number: int, reduction: str | None) -> int:
     """The number that the sum of the losses of so many positions is divided by.
 
     Weights are not in it: with "mean_with_sample_weight" it is that of losses without them.
     """
-    return 1 if reduction == "sum" else max(count, 1)
+    return 1 if reduction == "sum" else max(number, 1)
 
 
 def counts_positions(mask: Tensor | None, reduction: str | None) -> bool:
@@ -87,18 +87,18 @@ def divisor_and_factor(
     sample_weight: Tensor | None,
     mask: Tensor | None,
     reduction: str | None,
-    count: int,
+    number: int,
 ) -> tuple[float, Tensor | None]:
     """What the sum of the losses is divided by, and what each is multiplied by, None for 1.
 
-    `losses` has their shape and dtype, of which `count` count; the others are 0. Weights and masks
-    are constants that can be read.
+    Of `losses` only shape and dtype are read; `number` of them count, the others are 0. Weights
+    and masks are constants that can be read.
     """
     factor = None
     if sample_weight is not None or reduction not in MEANS:
         factor = _factor(losses, sample_weight, mask, reduction)
-    if reduction in MEANS and (mask is None or mask.dtype == torch.bool):
-        divisor = count
+    if reduction in MEANS and counts_positions(mask, reduction):
+        divisor = number
     else:
         divisor = _denominator(losses, factor, sample_weight, mask, reduction)
     if factor is not None and factor.shape != losses.shape:

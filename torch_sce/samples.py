@@ -88,7 +88,7 @@ def prepare(
     Raises:
         ValueError, TypeError: as the loss says.
     """
-    as_given, order = y_pred, None
+    original, order = y_pred, None
     ready = _as_given(y_true, y_pred, sample_weight, mask, axis, dtype)
     if ready is not None:
         labels, y_pred, weight, mask = ready
@@ -106,17 +106,17 @@ def prepare(
     mask = combine_masks(mask, kept)
     counted = None if mask is None else mask.bool().expand(labels.shape)
     y = labels if ready is not None else class_numbers(labels)
-    count = None
+    number = None
     if checks_labels and (ready is not None or values_can_be_read(labels, counted)):
         C = classes or y_pred.shape[axis]
-        count = count_classes(labels, y, counted, C, axis, as_given)
-        counted = None if count == y.numel() else counted
+        number = number_that_count(labels, y, counted, C, axis, original)
+        counted = None if number == y.numel() else counted
     if class_weight is not None:
         fits = (classes or y_pred.shape[axis]) if checks_labels else None
         weight = times(weight, weights_of(y, class_weight, fits))
     clip = None if from_logits else CLIP[dtype or y_pred.dtype]
     z = _classes_last(y_pred, axis)
-    return Samples(z, y, counted, kept, weight, mask, clip, count, order)
+    return Samples(z, y, counted, kept, weight, mask, clip, number, order)
 
 
 def _as_given(
@@ -146,14 +146,14 @@ def _as_given(
     )
     if not are_ready:
         return None
-    if sample_weight is not None and not _is_as_given(sample_weight, y_true):
+    if sample_weight is not None and not _needs_no_conversion(sample_weight, y_true):
         return None
-    if mask is not None and not _is_as_given(mask, y_true):
+    if mask is not None and not _needs_no_conversion(mask, y_true):
         return None
     return y_true, y_pred, sample_weight, mask
 
 
-def _is_as_given(value: ArrayLike, labels: Tensor) -> TypeGuard[Tensor]:
+def _needs_no_conversion(value: ArrayLike, labels: Tensor) -> TypeGuard[Tensor]:
     """Whether a weight or mask has the labels' shape, and needs no conversion."""
     return (
         isinstance(value, Tensor)
@@ -355,16 +355,16 @@ def class_numbers(labels: Tensor) -> Tensor:
     return found
 
 
-def count_classes(
+def number_that_count(
     labels: Tensor, y: Tensor, counted: Tensor | None, C: int, axis: int, y_pred: ArrayLike
 ) -> int:
     """How many labels count. Raises for one of them that is outside `[0, C)`.
 
     `y_pred` as it was given says where a label is.
     """
-    count = count_labels(y, counted, C)
-    if count is not None:
-        return count
+    number = count_labels(y, counted, C)
+    if number is not None:
+        return number
     outside = (y < 0) | (y >= C)
     found = (outside if counted is None else outside & counted).nonzero()
     index = tuple(found[0].tolist())

@@ -17,6 +17,7 @@ Tensors that are not plain (`are_plain`) use the definitions, `aten.row_losses` 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,8 @@ def row_losses(
 ) -> Tensor:
     """The loss of every row, of y's shape: float64 for float64 z, otherwise float32.
 
-    `counted` and `clip` are as `contract.Kernels` has them. With `smoothing` the loss
-    is that of smoothed one-hot targets, see `targets`.
+    `counted` and `clip` are as `contract.Kernels` has them. With `smoothing` the loss is that of
+    smoothed one-hot targets, see `targets`.
     """
     if smoothing:
         return target_losses(z, y, counted, clip, smoothing)
@@ -105,7 +106,8 @@ def sum_of_losses(
     """
     if native and z.is_cpu and _is_plain(z) and not _is_dual(z):
         if order is not None and y.ndim > 1:
-            order = torch.arange(y.numel()).view(len(y), -1)[order].flatten()
+            rows = torch.arange(y.numel(), device=y.device)
+            order = rows.view(len(y), math.prod(y.shape[1:]))[order].flatten()
         return _apply_sum(z, y, counted, clip, divisor, factor, order)
     losses = row_losses(z, y, counted, clip)
     losses = losses if factor is None else losses * factor
@@ -222,7 +224,7 @@ class _RowLosses(torch.autograd.Function):
 
 
 class _SumOfLosses(torch.autograd.Function):
-    """The sum of the losses of rows over a number, by the CPU's kernels."""
+    """The sum of the losses of rows times their factors, over a number, by the CPU's kernels."""
 
     @staticmethod
     def forward(
@@ -244,7 +246,7 @@ class _SumOfLosses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (z, y, counted, factor, saved) = upstream, ctx.saved_tensors
         clip, divisor = ctx.options
-        if _needs_expression(g, z, y):
+        if _needs_expression(g, z, y, counted, factor):
             g = g / divisor
             g = (g if factor is None else g * factor).expand(y.shape)
             dz = _differentiable_gradients(g, z, y, counted, clip)

@@ -85,12 +85,12 @@ typedef struct Job {
     char *data[TENSORS]; /* NULL: not there */
 
     const int64_t *y;
-    const bool *counted; /* NULL: all rows */
+    const uint8_t *counted; /* not 0 for rows that count; NULL: all do */
     const void *g;
     int64_t g_step;     /* 0 if all rows have the same */
     void *loss, *saved; /* (rows), behind (3, rows) of `saved` if there is a `value`; and (2, rows)
                          * or (3, rows) */
-    void *value;        /* the sum of the losses over `divisor`; NULL: not there */
+    void *value;        /* the sum of losses times `factor` over `divisor`; NULL: not there */
     double divisor;     /* of the one g of all rows, too */
     const int64_t *order; /* in which losses are added up; NULL: as they are */
     const void *factor;   /* of each row's loss in the sum, and of its g; NULL: 1 */
@@ -294,7 +294,7 @@ INLINE void find_group(const Job *job, int64_t n, int64_t end, Group *group)
     if (job->counted) {
         group->all_counted = true;
         for (int w = 0; w < rows; w++) {
-            group->counted[w] = job->counted[group->row[w]];
+            group->counted[w] = job->counted[group->row[w]] != 0;
             group->any_counted |= group->counted[w];
             group->all_counted &= group->counted[w];
         }
@@ -529,7 +529,7 @@ static PyObject *run_python(PyObject *self, PyObject *args)
     for (int x = 0; x < TENSORS; x++)
         job.data[x] = (char *)(uintptr_t)data[x];
     job.y = (const int64_t *)(uintptr_t)y;
-    job.counted = (const bool *)(uintptr_t)counted;
+    job.counted = (const uint8_t *)(uintptr_t)counted;
     job.g = (const void *)(uintptr_t)g;
     job.g_step = g_step;
     job.saved = (void *)(uintptr_t)saved;
@@ -580,8 +580,9 @@ CLONES static int64_t count_labels(
     if (counted)
         _Pragma("omp simd reduction(| : any) reduction(+ : count)")
         for (int64_t i = 0; i < n; i++) {
-            count += counted[i];
-            any |= not_class(y[i], classes) & -(int64_t)counted[i];
+            int64_t counts = counted[i] != 0;
+            count += counts;
+            any |= not_class(y[i], classes) & -counts;
         }
     else
         _Pragma("omp simd reduction(| : any)")

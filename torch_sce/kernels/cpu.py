@@ -157,9 +157,9 @@ def run(
         None if dt is None else (dt.dtype, dt.stride()),
     )
     # What has an element for each row has them in order, but one g may be that of all rows.
-    y = None if y is None else y.contiguous()
+    y = None if y is None else _in_memory(y).contiguous()
     counted = None if counted is None else counted.contiguous()
-    factor = None if factor is None else factor.contiguous()
+    factor = None if factor is None else _in_memory(factor).contiguous()
     saved = saved.contiguous()
     g_step = 0
     if g is not None:
@@ -194,7 +194,8 @@ def count_labels(y: Tensor, counted: Tensor | None, classes: int) -> int | None:
         if counted is None:
             return y.numel() if bool(is_class.all()) else None
         return int(counted.sum()) if bool((is_class | ~counted).all()) else None
-    y, counted = y.contiguous(), None if counted is None else counted.contiguous()
+    y = _in_memory(y).contiguous()
+    counted = None if counted is None else counted.contiguous()
     count = _cpu.count_labels(
         y.data_ptr(), 0 if counted is None else counted.data_ptr(), y.numel(), classes
     )

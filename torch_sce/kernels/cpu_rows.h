@@ -384,7 +384,8 @@ static void NAME(merge_segments)(const Job *job)
     }
 }
 
-/* Writes the sum of the losses over `divisor`: added up in doubles, and rounded as one of REALs. */
+/* Writes the sum of the losses times `factor` over `divisor`: added up in doubles, and rounded as
+ * one of REALs. */
 CLONES static void NAME(add_losses)(const Job *job)
 {
     const REAL *loss = job->loss, *factor = job->factor;

@@ -152,7 +152,7 @@ def test_values_are_read_as_pytorch_has_them(kind):
     """Negated without a copy, or with bytes other than 0 and 1 in a tensor of bools."""
     z, y, weight = rows(6, "logits", shape=(4, 5))
     mask = torch.arange(20).view(4, 5) % 3 != 0
-    negated = torch._neg_view
+    negated = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
     other = {
         "labels": (negated(-y), weight, mask),
         "weights": (y, negated(-weight), mask),

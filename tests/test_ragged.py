@@ -33,6 +33,7 @@ from torch_sce import (
     sparse_categorical_crossentropy,
 )
 from torch_sce.distributed import device_of
+from torch_sce.kernels import native
 from torch_sce.options import REDUCTIONS, Reduction
 
 pytestmark = pytest.mark.skipif(
@@ -225,7 +226,8 @@ def test_a_packed_sequence_is_added_up_example_by_example(reduction, inner):
     problem.z[lengths[0] - 1, ..., 1], problem.y[lengths[0] - 1] = 1e17, 0
     packed = [in_sequence(x, lengths) for x in (problem.y, problem.z)]
     wide = problem.loss(reduction, dtype="float64")
-    assert wide(*(x.data for x in packed)) != wide(*packed)
+    if native or not inner:  # the lanes of PyTorch's own sum may hide the order
+        assert wide(*(x.data for x in packed)) != wide(*packed)
 
 
 class TestKinds:

@@ -144,10 +144,7 @@ def test_weights_of_1_change_only_the_rounding(reduction):
     torch.testing.assert_close(loss(y, z).double(), exact(y, z), rtol=2e-7, atol=0)
 
 
-KINDS = ["labels", "weights", "mask"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["labels", "weights", "mask"])
 def test_values_are_read_as_pytorch_has_them(kind):
     """Negated without a copy, or with bytes other than 0 and 1 in a tensor of bools."""
     z, y, weight = rows(6, "logits", shape=(4, 5))

@@ -96,7 +96,7 @@ def sum_of_losses(
 ) -> Tensor:
     """The weighted sum of all rows' losses over a number: `(row_losses * factor).sum() / divisor`.
 
-    All labels are in [0, C). They have been read, so that no mode or transform is active.
+    All labels that count are in [0, C). They have been read: no mode or transform is active.
 
     Args:
         z, y, counted, clip: as for `row_losses`.
